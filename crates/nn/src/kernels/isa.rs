@@ -1,0 +1,94 @@
+//! Which instruction set the kernels use: detected once at run time, so that a build without target-cpu flags loses nothing.
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::OnceLock;
+
+/// An instruction set that every kernel has a path for (or falls back from to the next narrower one).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Isa {
+    /// Plain Rust, which the compiler turns into whatever the target's baseline has.
+    Scalar,
+    /// Arm, 128-bit.
+    Neon,
+    /// x86-64 with AVX2, FMA and F16C, 256-bit.
+    Avx2,
+    /// x86-64 with AVX-512 F, BW, VL and DQ, 512-bit.
+    Avx512,
+}
+
+impl Isa {
+    /// All, narrowest first.
+    pub const ALL: [Self; 4] = [Self::Scalar, Self::Neon, Self::Avx2, Self::Avx512];
+
+    /// Whether this CPU can run it.
+    pub fn is_available(self) -> bool {
+        match self {
+            Self::Scalar => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => {
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+            }
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => {
+                Self::Avx2.is_available()
+                    && is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512dq")
+            }
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => true,
+            _ => false,
+        }
+    }
+
+    /// Those that this CPU can run, narrowest first.
+    pub fn available() -> impl Iterator<Item = Self> {
+        Self::ALL.into_iter().filter(|isa| isa.is_available())
+    }
+
+    /// The widest available one, or what the environment variable `ROOFBENCH_ISA` names (`scalar`, `neon`, `avx2`,
+    /// `avx512`) where the CPU has it; read once.
+    pub fn current() -> Self {
+        static CURRENT: OnceLock<Isa> = OnceLock::new();
+        *CURRENT.get_or_init(|| {
+            let widest = Self::available().last().unwrap_or(Self::Scalar);
+            let Ok(wanted) = std::env::var("ROOFBENCH_ISA") else { return widest };
+            match wanted.parse::<Self>() {
+                Ok(isa) if isa.is_available() => isa,
+                Ok(isa) => {
+                    tracing::warn!("ROOFBENCH_ISA={isa}: this CPU does not have it; using {widest}");
+                    widest
+                }
+                Err(error) => {
+                    tracing::warn!("ROOFBENCH_ISA: {error}; using {widest}");
+                    widest
+                }
+            }
+        })
+    }
+}
+
+impl fmt::Display for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Scalar => "scalar",
+            Self::Neon => "neon",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+        })
+    }
+}
+
+/// A name that is no instruction set.
+#[derive(Debug, thiserror::Error)]
+#[error("`{0}` is none of scalar, neon, avx2, avx512")]
+pub struct UnknownIsa(String);
+
+impl FromStr for Isa {
+    type Err = UnknownIsa;
+    fn from_str(name: &str) -> Result<Self, UnknownIsa> {
+        Self::ALL.into_iter().find(|isa| isa.to_string() == name).ok_or_else(|| UnknownIsa(name.to_owned()))
+    }
+}
