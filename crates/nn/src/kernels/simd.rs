@@ -20,6 +20,9 @@ pub(crate) trait Simd: Copy + 'static {
     /// The vector.
     type F: Copy;
 
+    /// Runs `kernel` as a function of its own, so that its surroundings take none of its registers.
+    unsafe fn call<K: Kernel>(kernel: &K);
+
     unsafe fn splat(x: f32) -> Self::F;
     unsafe fn load(p: *const f32) -> Self::F;
     unsafe fn store(p: *mut f32, x: Self::F);
@@ -36,9 +39,11 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn div(a: Self::F, b: Self::F) -> Self::F;
     /// a * b + c; rounded once where the set has FMA.
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
-    /// The larger; `b` where `a` is NaN or both are.
+    /// a * b - `product`, exact where `product` is a * b rounded and nothing underflows.
+    unsafe fn mul_error(a: Self::F, b: Self::F, product: Self::F) -> Self::F;
+    /// The larger; `b` where either is NaN.
     unsafe fn max(a: Self::F, b: Self::F) -> Self::F;
-    /// The smaller; `b` where `a` is NaN or both are.
+    /// The smaller; `b` where either is NaN.
     unsafe fn min(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn sqrt(a: Self::F) -> Self::F;
     unsafe fn abs(a: Self::F) -> Self::F;
@@ -48,12 +53,50 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn round(a: Self::F) -> Self::F;
     /// a * 2^n for integral `n` in [-126, 127].
     unsafe fn scale_pow2(a: Self::F, n: Self::F) -> Self::F;
+    /// a * 2^n for integral `n` in [-252, 254], rounded once where `a` is in [0.5, 2]; overflow gives infinity.
+    #[inline(always)]
+    unsafe fn ldexp(a: Self::F, n: Self::F) -> Self::F {
+        // SAFETY: the contract of the trait.
+        unsafe {
+            let half = Self::round(Self::mul(n, Self::splat(0.5)));
+            Self::scale_pow2(Self::scale_pow2(a, half), Self::sub(n, half))
+        }
+    }
     /// x where a < b, else y (y for NaN).
     unsafe fn select_lt(a: Self::F, b: Self::F, x: Self::F, y: Self::F) -> Self::F;
+    /// Four columns of `LANES` rows: lane `i` of vector `j` is `p[i * stride + j]`.
+    unsafe fn load_columns(p: *const f32, stride: usize) -> [Self::F; 4];
     unsafe fn reduce_add(a: Self::F) -> f32;
     unsafe fn reduce_max(a: Self::F) -> f32;
     /// Reads the line at `p` ahead of use, into all levels.
     unsafe fn prefetch(p: *const f32);
+}
+
+/// The most that `LANES` is.
+pub(crate) const MAX_LANES: usize = 16;
+
+/// What [`Simd::call`] runs. `run` must be `#[inline(always)]`.
+pub(crate) trait Kernel {
+    /// # Safety
+    /// The CPU has `S`; what else it needs, the kernel says.
+    unsafe fn run<S: Simd>(&self);
+}
+
+/// [`Simd::call`], with the features of the instruction set.
+macro_rules! call {
+    ($set:ident $(, $features:literal)?) => {
+        #[inline(always)]
+        unsafe fn call<K: Kernel>(kernel: &K) {
+            #[inline(never)]
+            $(#[target_feature(enable = $features)])?
+            unsafe fn outlined<K: Kernel>(kernel: &K) {
+                // SAFETY: the contract of the trait.
+                unsafe { kernel.run::<$set>() }
+            }
+            // SAFETY: the contract of the trait.
+            unsafe { outlined(kernel) }
+        }
+    };
 }
 
 /// Methods whose bodies are one expression.
@@ -82,6 +125,7 @@ impl Simd for Scalar {
     const REGISTERS: usize = 16;
     type F = [f32; 4];
 
+    call!(Scalar);
     ops! {
         fn splat(x: f32) -> [f32; 4] { [x; 4] }
         fn load(p: *const f32) -> [f32; 4] { p.cast::<[f32; 4]>().read_unaligned() }
@@ -95,14 +139,24 @@ impl Simd for Scalar {
         fn mul(a: [f32; 4], b: [f32; 4]) -> [f32; 4] { each(|i| a[i] * b[i]) }
         fn div(a: [f32; 4], b: [f32; 4]) -> [f32; 4] { each(|i| a[i] / b[i]) }
         fn fma(a: [f32; 4], b: [f32; 4], c: [f32; 4]) -> [f32; 4] { each(|i| a[i] * b[i] + c[i]) }
+        fn mul_error(a: [f32; 4], b: [f32; 4], product: [f32; 4]) -> [f32; 4] {
+            each(|i| (f64::from(a[i]) * f64::from(b[i]) - f64::from(product[i])) as f32)
+        }
         fn max(a: [f32; 4], b: [f32; 4]) -> [f32; 4] { each(|i| if a[i] > b[i] { a[i] } else { b[i] }) }
         fn min(a: [f32; 4], b: [f32; 4]) -> [f32; 4] { each(|i| if a[i] < b[i] { a[i] } else { b[i] }) }
         fn sqrt(a: [f32; 4]) -> [f32; 4] { each(|i| a[i].sqrt()) }
         fn abs(a: [f32; 4]) -> [f32; 4] { each(|i| a[i].abs()) }
         fn copysign(a: [f32; 4], b: [f32; 4]) -> [f32; 4] { each(|i| a[i].copysign(b[i])) }
-        fn round(a: [f32; 4]) -> [f32; 4] { each(|i| a[i].round_ties_even()) }
+        fn round(a: [f32; 4]) -> [f32; 4] {
+            // from 2^23 on all are integers; `round_ties_even` would be a call on baseline x86-64
+            each(|i| if a[i].abs() < 8_388_608.0 { (a[i].abs() + 8_388_608.0 - 8_388_608.0).copysign(a[i]) } else { a[i] })
+        }
         fn scale_pow2(a: [f32; 4], n: [f32; 4]) -> [f32; 4] { each(|i| a[i] * f32::from_bits(((n[i] as i32 + 127) as u32) << 23)) }
         fn select_lt(a: [f32; 4], b: [f32; 4], x: [f32; 4], y: [f32; 4]) -> [f32; 4] { each(|i| if a[i] < b[i] { x[i] } else { y[i] }) }
+        fn load_columns(p: *const f32, stride: usize) -> [[f32; 4]; 4] {
+            let rows = [0, 1, 2, 3].map(|i| p.add(i * stride).cast::<[f32; 4]>().read_unaligned());
+            [0, 1, 2, 3].map(|j| [rows[0][j], rows[1][j], rows[2][j], rows[3][j]])
+        }
         fn reduce_add(a: [f32; 4]) -> f32 { (a[0] + a[2]) + (a[1] + a[3]) }
         fn reduce_max(a: [f32; 4]) -> f32 { a.into_iter().fold(f32::NEG_INFINITY, f32::max) }
         fn prefetch(_p: *const f32) {}
@@ -116,7 +170,7 @@ pub(crate) use x86::{Avx2, Avx512};
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::Simd;
+    use super::{Kernel, Simd};
 
     /// 256-bit: AVX2, FMA and F16C.
     #[derive(Clone, Copy)]
@@ -136,6 +190,7 @@ mod x86 {
         const REGISTERS: usize = 16;
         type F = __m256;
 
+        call!(Avx2, "avx2,fma,f16c");
         ops! {
             fn splat(x: f32) -> __m256 { _mm256_set1_ps(x) }
             fn load(p: *const f32) -> __m256 { _mm256_loadu_ps(p) }
@@ -151,6 +206,7 @@ mod x86 {
             fn mul(a: __m256, b: __m256) -> __m256 { _mm256_mul_ps(a, b) }
             fn div(a: __m256, b: __m256) -> __m256 { _mm256_div_ps(a, b) }
             fn fma(a: __m256, b: __m256, c: __m256) -> __m256 { _mm256_fmadd_ps(a, b, c) }
+            fn mul_error(a: __m256, b: __m256, product: __m256) -> __m256 { _mm256_fmsub_ps(a, b, product) }
             fn max(a: __m256, b: __m256) -> __m256 { _mm256_max_ps(a, b) }
             fn min(a: __m256, b: __m256) -> __m256 { _mm256_min_ps(a, b) }
             fn sqrt(a: __m256) -> __m256 { _mm256_sqrt_ps(a) }
@@ -166,6 +222,23 @@ mod x86 {
             }
             fn select_lt(a: __m256, b: __m256, x: __m256, y: __m256) -> __m256 {
                 _mm256_blendv_ps(y, x, _mm256_cmp_ps::<_CMP_LT_OQ>(a, b))
+            }
+            fn load_columns(p: *const f32, stride: usize) -> [__m256; 4] {
+                let mut rows = [_mm256_setzero_ps(); 4];
+                for (i, row) in rows.iter_mut().enumerate() {
+                    let p = p.add(i * stride);
+                    *row = _mm256_castps128_ps256(_mm_loadu_ps(p));
+                    *row = _mm256_insertf128_ps::<1>(*row, _mm_loadu_ps(p.add(4 * stride)));
+                }
+                // within each 128-bit half, a 4x4 transposition
+                let (a, b) = (_mm256_unpacklo_ps(rows[0], rows[1]), _mm256_unpacklo_ps(rows[2], rows[3]));
+                let (c, d) = (_mm256_unpackhi_ps(rows[0], rows[1]), _mm256_unpackhi_ps(rows[2], rows[3]));
+                [
+                    _mm256_shuffle_ps::<0b01_00_01_00>(a, b),
+                    _mm256_shuffle_ps::<0b11_10_11_10>(a, b),
+                    _mm256_shuffle_ps::<0b01_00_01_00>(c, d),
+                    _mm256_shuffle_ps::<0b11_10_11_10>(c, d),
+                ]
             }
             fn reduce_add(a: __m256) -> f32 {
                 let half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
@@ -190,6 +263,7 @@ mod x86 {
         const REGISTERS: usize = 32;
         type F = __m512;
 
+        call!(Avx512, "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c");
         ops! {
             fn splat(x: f32) -> __m512 { _mm512_set1_ps(x) }
             fn load(p: *const f32) -> __m512 { _mm512_loadu_ps(p) }
@@ -205,6 +279,7 @@ mod x86 {
             fn mul(a: __m512, b: __m512) -> __m512 { _mm512_mul_ps(a, b) }
             fn div(a: __m512, b: __m512) -> __m512 { _mm512_div_ps(a, b) }
             fn fma(a: __m512, b: __m512, c: __m512) -> __m512 { _mm512_fmadd_ps(a, b, c) }
+            fn mul_error(a: __m512, b: __m512, product: __m512) -> __m512 { _mm512_fmsub_ps(a, b, product) }
             fn max(a: __m512, b: __m512) -> __m512 { _mm512_max_ps(a, b) }
             fn min(a: __m512, b: __m512) -> __m512 { _mm512_min_ps(a, b) }
             fn sqrt(a: __m512) -> __m512 { _mm512_sqrt_ps(a) }
@@ -218,8 +293,27 @@ mod x86 {
                 let exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
                 _mm512_mul_ps(a, _mm512_castsi512_ps(_mm512_slli_epi32::<23>(exponent)))
             }
+            fn ldexp(a: __m512, n: __m512) -> __m512 { _mm512_scalef_ps(a, n) }
             fn select_lt(a: __m512, b: __m512, x: __m512, y: __m512) -> __m512 {
                 _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), y, x)
+            }
+            fn load_columns(p: *const f32, stride: usize) -> [__m512; 4] {
+                let mut rows = [_mm512_setzero_ps(); 4];
+                for (i, row) in rows.iter_mut().enumerate() {
+                    let p = p.add(i * stride);
+                    *row = _mm512_castps128_ps512(_mm_loadu_ps(p));
+                    *row = _mm512_insertf32x4::<1>(*row, _mm_loadu_ps(p.add(4 * stride)));
+                    *row = _mm512_insertf32x4::<2>(*row, _mm_loadu_ps(p.add(8 * stride)));
+                    *row = _mm512_insertf32x4::<3>(*row, _mm_loadu_ps(p.add(12 * stride)));
+                }
+                let (a, b) = (_mm512_unpacklo_ps(rows[0], rows[1]), _mm512_unpacklo_ps(rows[2], rows[3]));
+                let (c, d) = (_mm512_unpackhi_ps(rows[0], rows[1]), _mm512_unpackhi_ps(rows[2], rows[3]));
+                [
+                    _mm512_shuffle_ps::<0b01_00_01_00>(a, b),
+                    _mm512_shuffle_ps::<0b11_10_11_10>(a, b),
+                    _mm512_shuffle_ps::<0b01_00_01_00>(c, d),
+                    _mm512_shuffle_ps::<0b11_10_11_10>(c, d),
+                ]
             }
             fn reduce_add(a: __m512) -> f32 { _mm512_reduce_add_ps(a) }
             fn reduce_max(a: __m512) -> f32 { _mm512_reduce_max_ps(a) }
@@ -235,7 +329,7 @@ pub(crate) use arm::Neon;
 mod arm {
     use std::arch::aarch64::*;
 
-    use super::Simd;
+    use super::{Kernel, Simd};
 
     /// 128-bit.
     #[derive(Clone, Copy)]
@@ -246,6 +340,7 @@ mod arm {
         const REGISTERS: usize = 32;
         type F = float32x4_t;
 
+        call!(Neon);
         ops! {
             fn splat(x: f32) -> float32x4_t { vdupq_n_f32(x) }
             fn load(p: *const f32) -> float32x4_t { vld1q_f32(p) }
@@ -270,6 +365,7 @@ mod arm {
             fn mul(a: float32x4_t, b: float32x4_t) -> float32x4_t { vmulq_f32(a, b) }
             fn div(a: float32x4_t, b: float32x4_t) -> float32x4_t { vdivq_f32(a, b) }
             fn fma(a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t { vfmaq_f32(c, a, b) }
+            fn mul_error(a: float32x4_t, b: float32x4_t, product: float32x4_t) -> float32x4_t { vfmaq_f32(vnegq_f32(product), a, b) }
             fn max(a: float32x4_t, b: float32x4_t) -> float32x4_t { vbslq_f32(vcgtq_f32(a, b), a, b) }
             fn min(a: float32x4_t, b: float32x4_t) -> float32x4_t { vbslq_f32(vcltq_f32(a, b), a, b) }
             fn sqrt(a: float32x4_t) -> float32x4_t { vsqrtq_f32(a) }
@@ -281,6 +377,14 @@ mod arm {
                 vmulq_f32(a, vreinterpretq_f32_s32(vshlq_n_s32::<23>(exponent)))
             }
             fn select_lt(a: float32x4_t, b: float32x4_t, x: float32x4_t, y: float32x4_t) -> float32x4_t { vbslq_f32(vcltq_f32(a, b), x, y) }
+            fn load_columns(p: *const f32, stride: usize) -> [float32x4_t; 4] {
+                let rows = [0, 1, 2, 3].map(|i| vld1q_f32(p.add(i * stride)));
+                let (a, b) = (vtrn1q_f32(rows[0], rows[1]), vtrn2q_f32(rows[0], rows[1]));
+                let (c, d) = (vtrn1q_f32(rows[2], rows[3]), vtrn2q_f32(rows[2], rows[3]));
+                let low = |x, y| vcombine_f32(vget_low_f32(x), vget_low_f32(y));
+                let high = |x, y| vcombine_f32(vget_high_f32(x), vget_high_f32(y));
+                [low(a, c), low(b, d), high(a, c), high(b, d)]
+            }
             fn reduce_add(a: float32x4_t) -> f32 { vaddvq_f32(a) }
             fn reduce_max(a: float32x4_t) -> f32 { vmaxvq_f32(a) }
             fn prefetch(_p: *const f32) {}
@@ -288,13 +392,14 @@ mod arm {
     }
 }
 
-/// Makes `fn name(isa, args…)` that runs `kernel::<S>(args…)` compiled for that instruction set.
+/// Makes `fn name(isa, args…)` that runs `kernel::<S>(args…)` compiled for that instruction set; `= kernel<_, T>` fills
+/// in the type parameters after `S`.
 ///
 /// The generic kernel is `unsafe` only because of the instruction set (and says so); what else it needs of its
 /// arguments is checked by the caller, whence the entry is `unsafe` too. A set that the CPU lacks must not be passed:
 /// take it from [`Isa::current`](super::isa::Isa::current) or `Isa::available`.
 macro_rules! simd_entry {
-    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? = $kernel:ident) => {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? = $kernel:ident $(<_, $($extra:ty),*>)?) => {
         $(#[$meta])*
         $vis unsafe fn $name(isa: $crate::kernels::isa::Isa, $($arg: $ty),*) $(-> $ret)? {
             use $crate::kernels::{isa::Isa, simd};
@@ -302,13 +407,13 @@ macro_rules! simd_entry {
             #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
             unsafe fn avx512($($arg: $ty),*) $(-> $ret)? {
                 // SAFETY: the CPU has the set, by the contract of the entry.
-                unsafe { $kernel::<simd::Avx512>($($arg),*) }
+                unsafe { $kernel::<simd::Avx512 $($(, $extra)*)?>($($arg),*) }
             }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,f16c")]
             unsafe fn avx2($($arg: $ty),*) $(-> $ret)? {
                 // SAFETY: as above.
-                unsafe { $kernel::<simd::Avx2>($($arg),*) }
+                unsafe { $kernel::<simd::Avx2 $($(, $extra)*)?>($($arg),*) }
             }
             debug_assert!(isa.is_available());
             // SAFETY: the caller passes a set that the CPU has.
@@ -319,8 +424,8 @@ macro_rules! simd_entry {
                     #[cfg(target_arch = "x86_64")]
                     Isa::Avx2 => avx2($($arg),*),
                     #[cfg(target_arch = "aarch64")]
-                    Isa::Neon => $kernel::<simd::Neon>($($arg),*),
-                    _ => $kernel::<simd::Scalar>($($arg),*),
+                    Isa::Neon => $kernel::<simd::Neon $($(, $extra)*)?>($($arg),*),
+                    _ => $kernel::<simd::Scalar $($(, $extra)*)?>($($arg),*),
                 }
             }
         }

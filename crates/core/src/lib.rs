@@ -1,0 +1,17 @@
+//! What a measurement is: catalog, workloads, weights, hardware probe, meters, harness, cost and records.
+//!
+//! This crate deliberately does not know any model: it sees one through [`session::Session`], whatever runs behind it.
+
+pub mod catalog;
+pub mod cost;
+pub mod hardware;
+pub mod harness;
+pub mod meters;
+pub mod metrics;
+pub mod record;
+pub mod reference;
+pub mod roofline;
+pub mod session;
+pub mod stats;
+pub mod weights;
+pub mod workload;

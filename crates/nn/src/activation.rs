@@ -1,0 +1,147 @@
+//! Element-wise activations under the names that `config.json` gives them.
+
+use std::str::FromStr;
+
+use candle_core::{Result, Tensor};
+use serde::Deserialize;
+
+use crate::kernels::activation as kernel;
+use crate::op;
+
+/// An element-wise function between two products.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use roofbench_nn::activation::Activation;
+///
+/// let gelu: Activation = "gelu".parse()?;
+/// let y = gelu.forward(&Tensor::new(&[-1f32, 0., 1.], &Device::Cpu)?)?.to_vec1::<f32>()?;
+/// assert_eq!(y, [-0.15865526, 0.0, 0.8413447]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
+#[serde(try_from = "String")]
+#[non_exhaustive]
+pub enum Activation {
+    /// x.
+    Identity,
+    /// x Φ(x) with the error function (arXiv:1606.08415).
+    Gelu,
+    /// The same with Φ approximated by tanh.
+    GeluTanh,
+    /// x sigmoid(1.702 x).
+    QuickGelu,
+    /// max(x, 0).
+    Relu,
+    /// x sigmoid(x), also called swish (arXiv:1702.03118).
+    Silu,
+    /// Hyperbolic tangent.
+    Tanh,
+    /// 1 / (1 + e^-x).
+    Sigmoid,
+}
+
+/// Every name, as in `transformers.activations.ACT2FN`.
+const NAMES: [(&str, Activation); 14] = [
+    ("gelu", Activation::Gelu),
+    ("gelu_python", Activation::Gelu),
+    ("gelu_new", Activation::GeluTanh),
+    ("gelu_pytorch_tanh", Activation::GeluTanh),
+    ("gelu_fast", Activation::GeluTanh),
+    ("gelu_accurate", Activation::GeluTanh),
+    ("quick_gelu", Activation::QuickGelu),
+    ("relu", Activation::Relu),
+    ("silu", Activation::Silu),
+    ("swish", Activation::Silu),
+    ("tanh", Activation::Tanh),
+    ("sigmoid", Activation::Sigmoid),
+    ("linear", Activation::Identity),
+    ("identity", Activation::Identity),
+];
+
+/// A name that is no activation of ours.
+#[derive(Debug, thiserror::Error)]
+#[error("activation `{0}` is not supported; known are {known}", known = NAMES.map(|(name, _)| name).join(", "))]
+pub struct UnknownActivation(String);
+
+impl FromStr for Activation {
+    type Err = UnknownActivation;
+    fn from_str(name: &str) -> std::result::Result<Self, UnknownActivation> {
+        let known = NAMES.iter().find(|(known, _)| *known == name);
+        known.map(|(_, act)| *act).ok_or_else(|| UnknownActivation(name.to_owned()))
+    }
+}
+
+impl TryFrom<String> for Activation {
+    type Error = UnknownActivation;
+    fn try_from(name: String) -> std::result::Result<Self, UnknownActivation> {
+        name.parse()
+    }
+}
+
+impl Activation {
+    /// Of every element; the shape stays.
+    ///
+    /// # Errors
+    /// Candle's, for a dtype that is no float.
+    pub fn forward(self, x: &Tensor) -> Result<Tensor> {
+        if self == Self::Identity {
+            return Ok(x.clone());
+        }
+        if !op::is_cpu_f32(x) {
+            return self.forward_plain(x);
+        }
+        #[expect(unsafe_code, reason = "the kernel fills what is handed to it")]
+        op::apply1("activation", &x.contiguous()?, |storage, layout| {
+            let x = op::elements(storage, layout)?;
+            // SAFETY: the kernel writes all of its output.
+            let y = unsafe {
+                op::collect_chunks(x.len(), kernel::CHUNK, |i, y| kernel::activate(self, &x[i..i + y.len()], y))
+            };
+            Ok((y, layout.shape().clone()))
+        })
+    }
+
+    /// In candle's own operations.
+    fn forward_plain(self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Identity => Ok(x.clone()),
+            Self::Gelu => x.gelu_erf(),
+            Self::GeluTanh => x.gelu(),
+            Self::QuickGelu => x * candle_nn::ops::sigmoid(&(x * 1.702)?)?,
+            Self::Relu => x.relu(),
+            Self::Silu => x.silu(),
+            Self::Tanh => x.tanh(),
+            Self::Sigmoid => candle_nn::ops::sigmoid(x),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device};
+
+    use super::*;
+
+    #[test]
+    fn names_of_configurations() {
+        assert_eq!(serde_json::from_str::<Activation>("\"gelu_new\"").unwrap(), Activation::GeluTanh);
+        let error = serde_json::from_str::<Activation>("\"maxout\"").unwrap_err().to_string();
+        assert!(error.contains("`maxout`") && error.contains("quick_gelu"), "{error}");
+    }
+
+    #[test]
+    fn agrees_with_candle() -> Result<()> {
+        let x = Tensor::randn(0f32, 3.0, (3, 5, 1777), &Device::Cpu)?;
+        for (name, act) in NAMES {
+            for x in [&x, &x.transpose(0, 2)?, &x.narrow(1, 1, 3)?] {
+                let difference = (act.forward(x)? - act.forward_plain(x)?)?.abs()?.flatten_all()?.max(0)?;
+                // candle's tanh forms lose a few digits to cancellation
+                assert!(difference.to_scalar::<f32>()? < 2e-6, "{name}: {difference}");
+            }
+            let half = act.forward(&x.to_dtype(DType::BF16)?)?;
+            assert_eq!((half.dtype(), half.dims()), (DType::BF16, x.dims()), "{name}");
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,360 @@
+//! Scaled dot-product attention: self, cross, causal, sliding, masked, biased, grouped-query.
+
+use std::sync::Arc;
+
+use candle_core::{CpuStorage, D, DType, Device, Layout, Result, Storage, Tensor, bail};
+
+use crate::kernels::attention as kernel;
+use crate::op;
+
+/// Which keys a query sees by their positions. The queries are the last `queries` of the `keys` positions, so that a
+/// step of decoding with a cache and a whole prompt read the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Pattern {
+    /// All.
+    #[default]
+    Full,
+    /// Itself and those before it.
+    Causal,
+    /// Itself and those before it, so many in all.
+    Sliding(usize),
+}
+
+impl Pattern {
+    /// The positions that the query at `position` sees: from the first to below the second. They may lie outside the
+    /// keys.
+    pub(crate) fn range(self, position: i64) -> (i64, i64) {
+        match self {
+            Self::Full => (i64::MIN, i64::MAX),
+            Self::Causal => (i64::MIN, position + 1),
+            Self::Sliding(window) => (position + 1 - i64::try_from(window).unwrap_or(i64::MAX), position + 1),
+        }
+    }
+}
+
+/// What else is kept from, or made more or less visible to, a query.
+///
+/// A query that sees no key at all takes the mean over every key, as transformers' eager attention does, which puts the
+/// lowest finite score on each. A bias of -∞ on each gives NaN, as there.
+#[derive(Debug, Clone, Default)]
+pub struct Mask {
+    padding: Option<Padding>,
+    /// (batch or 1, heads or 1, queries or 1, keys), added to the scaled scores.
+    bias: Option<Tensor>,
+}
+
+#[derive(Debug, Clone)]
+struct Padding {
+    /// Per item of the batch the positions of the keys that exist, ascending.
+    valid: Arc<[Vec<u32>]>,
+    keys: usize,
+}
+
+impl Mask {
+    /// From the `attention_mask` of a tokenizer (batch, keys): 0 where a key does not exist. `None` when all do, so that
+    /// nothing is masked for nothing.
+    ///
+    /// # Errors
+    /// When it has another number of dimensions.
+    pub fn padding(attention_mask: &Tensor) -> Result<Option<Self>> {
+        Ok(Padding::new(attention_mask)?.map(|padding| Self { padding: Some(padding), bias: None }))
+    }
+
+    /// A bias on the scaled scores, as of relative positions or ALiBi.
+    ///
+    /// # Shapes
+    /// (batch or 1, heads or 1, queries or 1, keys).
+    ///
+    /// # Errors
+    /// When it has another number of dimensions.
+    pub fn additive(bias: &Tensor) -> Result<Self> {
+        bias.dims4()?;
+        Ok(Self { padding: None, bias: Some(bias.clone()) })
+    }
+
+    /// The same with keys that do not exist, as in [`padding`](Self::padding).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn with_padding(self, attention_mask: &Tensor) -> Result<Self> {
+        Ok(Self { padding: Padding::new(attention_mask)?, ..self })
+    }
+}
+
+impl Padding {
+    fn new(attention_mask: &Tensor) -> Result<Option<Self>> {
+        let (_, keys) = attention_mask.dims2()?;
+        let rows = attention_mask.to_dtype(DType::F32)?.to_vec2::<f32>()?;
+        let position = |(i, x): (usize, &f32)| (*x != 0.0).then_some(i as u32);
+        let valid: Arc<[Vec<u32>]> =
+            rows.iter().map(|row| row.iter().enumerate().filter_map(position).collect()).collect();
+        Ok(valid.iter().any(|valid| valid.len() < keys).then_some(Self { valid, keys }))
+    }
+}
+
+/// softmax(q kᵀ · scale + mask) v, for each head.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use roofbench_nn::attention::{Attention, Pattern};
+///
+/// let attention = Attention { heads: 1, kv_heads: 1, head_dim: 1, scale: None, pattern: Pattern::Causal };
+/// let row = |x: [f32; 2]| Tensor::new(&x, &Device::Cpu)?.reshape((1, 2, 1));
+/// // equal scores: the first query sees one key, the second both
+/// let y = attention.forward(&row([1., 1.])?, &row([0., 0.])?, &row([2., 4.])?, None)?;
+/// assert_eq!(y.flatten_all()?.to_vec1::<f32>()?, [2., 3.]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Attention {
+    /// Heads of the queries.
+    pub heads: usize,
+    /// Heads of keys and values, each shared by `heads / kv_heads` neighbouring heads of the queries.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Factor on the scores; `head_dim^-0.5` where absent.
+    pub scale: Option<f32>,
+    /// Who sees whom.
+    pub pattern: Pattern,
+}
+
+/// Sizes of one call.
+#[derive(Debug, Clone, Copy)]
+struct Sizes {
+    batch: usize,
+    queries: usize,
+    keys: usize,
+}
+
+impl Attention {
+    /// On the CPU in f32 a fused kernel, which keeps no score matrix; elsewhere candle's operations.
+    ///
+    /// # Shapes
+    /// `q` is (batch, queries, heads · head_dim), `k` and `v` (batch, keys, kv_heads · head_dim); any may be a `narrow` of
+    /// one product that holds all three. The result is as `q`, contiguous.
+    ///
+    /// # Errors
+    /// When shapes do not fit together, or `kv_heads` does not divide `heads`.
+    pub fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Mask>) -> Result<Tensor> {
+        let sizes = self.check(q, k, v, mask)?;
+        if ![q, k, v].into_iter().all(op::is_cpu_f32) {
+            return self.forward_plain(q, k, v, mask);
+        }
+        let unit_rows = |x: &Tensor| if x.stride()[2] == 1 { Ok(x.clone()) } else { x.contiguous() };
+        let bias = match mask.and_then(|mask| mask.bias.as_ref()) {
+            Some(bias) => Some(bias.to_dtype(DType::F32)?.contiguous()?),
+            None => None,
+        };
+        let bias = bias.as_ref().map(|bias| bias.storage_and_layout());
+        let bias = match &bias {
+            Some((storage, layout)) => match &**storage {
+                Storage::Cpu(storage) => {
+                    let strides = [0, 1, 2].map(|d| if layout.dims()[d] == 1 { 0 } else { layout.stride()[d] });
+                    Some(kernel::Bias { data: op::elements(storage, layout)?, strides })
+                }
+                _ => bail!("attention: the bias is on {:?}, the queries on the CPU", q.device()),
+            },
+            None => None,
+        };
+        let valid = mask.and_then(|mask| mask.padding.as_ref()).map(|padding| &*padding.valid);
+        op::apply3("attention", [&unit_rows(q)?, &unit_rows(k)?, &unit_rows(v)?], |[q, k, v]| {
+            let attention = kernel::Attention {
+                batch: sizes.batch,
+                heads: self.heads,
+                kv_heads: self.kv_heads,
+                queries: sizes.queries,
+                keys: sizes.keys,
+                head_dim: self.head_dim,
+                scale: self.scale(),
+                pattern: self.pattern,
+                q: strided(q)?,
+                k: strided(k)?,
+                v: strided(v)?,
+                valid,
+                bias,
+            };
+            let y = kernel::attention(&attention).map_err(candle_core::Error::wrap)?;
+            Ok((y, (sizes.batch, sizes.queries, self.heads * self.head_dim).into()))
+        })
+    }
+
+    /// As [`forward`](Self::forward), in candle's own operations with the whole score matrix: the path of other devices
+    /// and dtypes, and what the fused one is tested against.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn forward_plain(&self, q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Mask>) -> Result<Tensor> {
+        let sizes = self.check(q, k, v, mask)?;
+        let Sizes { batch, queries, keys } = sizes;
+        if batch * queries * keys == 0 {
+            return Tensor::zeros((batch, queries, self.heads * self.head_dim), q.dtype(), q.device());
+        }
+        // (batch, kv_heads, heads / kv_heads · queries, head_dim): heads that share keys are rows of one product
+        let q = q.reshape((batch, queries, self.heads, self.head_dim))?.transpose(1, 2)?.contiguous()?;
+        let q = q.reshape((batch, self.kv_heads, (), self.head_dim))?;
+        let shared = |x: &Tensor| x.reshape((batch, keys, self.kv_heads, self.head_dim))?.transpose(1, 2)?.contiguous();
+        let scores = q.matmul(&shared(k)?.t()?)?.to_dtype(DType::F32)?;
+        let scores = (scores * f64::from(self.scale()))?.reshape((batch, self.heads, queries, keys))?;
+        let scores = match mask.and_then(|mask| mask.bias.as_ref()) {
+            Some(bias) => scores.broadcast_add(&bias.to_dtype(DType::F32)?)?,
+            None => scores,
+        };
+        let scores = match self.allowed(mask, sizes, scores.device())? {
+            Some(allowed) => {
+                let lowest = Tensor::new(f32::MIN, scores.device())?.broadcast_as(scores.shape())?;
+                allowed.broadcast_as(scores.shape())?.where_cond(&scores, &lowest)?
+            }
+            None => scores,
+        };
+        let weights = candle_nn::ops::softmax(&scores, D::Minus1)?.to_dtype(v.dtype())?;
+        let y = weights.reshape((batch, self.kv_heads, (), keys))?.matmul(&shared(v)?)?;
+        let y = y.reshape((batch, self.heads, queries, self.head_dim))?.transpose(1, 2)?;
+        y.reshape((batch, queries, self.heads * self.head_dim))
+    }
+
+    /// Which keys each query sees (batch or 1, 1, queries, keys), unless it is all.
+    fn allowed(&self, mask: Option<&Mask>, sizes: Sizes, device: &Device) -> Result<Option<Tensor>> {
+        let padding = mask.and_then(|mask| mask.padding.as_ref());
+        if self.pattern == Pattern::Full && padding.is_none() {
+            return Ok(None);
+        }
+        let all = (0..sizes.keys as u32).collect::<Vec<_>>();
+        let valid = padding.map_or(std::slice::from_ref(&all), |padding| &padding.valid);
+        let mut allowed = vec![0u8; valid.len() * sizes.queries * sizes.keys];
+        for (row, allowed) in allowed.chunks_exact_mut(sizes.keys).enumerate() {
+            let (item, query) = (row / sizes.queries, row % sizes.queries);
+            let (from, to) = self.pattern.range(query as i64 + sizes.keys as i64 - sizes.queries as i64);
+            for &key in valid[item].iter().filter(|&&key| (from..to).contains(&i64::from(key))) {
+                allowed[key as usize] = 1;
+            }
+        }
+        Ok(Some(Tensor::from_vec(allowed, (valid.len(), 1, sizes.queries, sizes.keys), device)?))
+    }
+
+    fn scale(&self) -> f32 {
+        self.scale.unwrap_or_else(|| (self.head_dim as f32).powf(-0.5))
+    }
+
+    fn check(&self, q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Mask>) -> Result<Sizes> {
+        let Self { heads, kv_heads, head_dim, .. } = *self;
+        if kv_heads == 0 || !heads.is_multiple_of(kv_heads) || heads * head_dim == 0 {
+            bail!("attention: {heads} heads of width {head_dim} cannot share {kv_heads} heads of keys and values")
+        }
+        let ((batch, queries, _), (_, keys, _)) = (q.dims3()?, k.dims3()?);
+        for (name, x, expected) in [
+            ("queries", q, [batch, queries, heads * head_dim]),
+            ("keys", k, [batch, keys, kv_heads * head_dim]),
+            ("values", v, [batch, keys, kv_heads * head_dim]),
+        ] {
+            if x.dims() != expected {
+                bail!("attention: the {name} have shape {:?}, expected {expected:?}", x.dims())
+            }
+        }
+        if let Some(padding) = mask.and_then(|mask| mask.padding.as_ref())
+            && (padding.valid.len(), padding.keys) != (batch, keys)
+        {
+            let found = [padding.valid.len(), padding.keys];
+            bail!("attention: the padding mask has shape {found:?}, expected {:?}", [batch, keys])
+        }
+        if let Some(bias) = mask.and_then(|mask| mask.bias.as_ref()) {
+            let expected = [batch, heads, queries, keys];
+            let fits = |(d, (found, expected)): (usize, (&usize, &usize))| found == expected || (*found == 1 && d < 3);
+            if !bias.dims().iter().zip(&expected).enumerate().all(fits) {
+                bail!("attention: the bias has shape {:?}, expected {expected:?} or 1 in the first three", bias.dims())
+            }
+        }
+        Ok(Sizes { batch, queries, keys })
+    }
+}
+
+/// A tensor (batch, rows, width) whose rows are contiguous.
+fn strided<'a>((storage, layout): (&'a CpuStorage, &Layout)) -> Result<kernel::Strided<'a>> {
+    let data = storage.as_slice::<f32>()?.get(layout.start_offset()..).unwrap_or_default();
+    Ok(kernel::Strided { data, batch: layout.stride()[0], row: layout.stride()[1] })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn assert_paths_agree(attention: &Attention, [q, k, v]: [&Tensor; 3], mask: Option<&Mask>) -> Result<()> {
+        let fused = attention.forward(q, k, v, mask)?;
+        let plain = attention.forward_plain(q, k, v, mask)?;
+        assert!(fused.is_contiguous());
+        assert_eq!(fused.dims(), plain.dims());
+        let difference = (fused - plain)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+        // sums of some hundred products of size 1 in another order
+        assert!(difference < 1e-5, "{attention:?}: {difference}");
+        Ok(())
+    }
+
+    #[test]
+    fn the_fused_path_agrees_with_the_plain_one() -> Result<()> {
+        let cpu = &Device::Cpu;
+        for (heads, kv_heads, head_dim, seq) in [(4, 4, 64, 37), (6, 2, 33, 70), (2, 1, 80, 1)] {
+            let (width, kv_width) = (heads * head_dim, kv_heads * head_dim);
+            let fused = Tensor::randn(0f32, 1.0, (3, seq, width + 2 * kv_width), cpu)?;
+            let (q, k) = (fused.narrow(2, 0, width)?, fused.narrow(2, width, kv_width)?);
+            let v = fused.narrow(2, width + kv_width, kv_width)?;
+            let last = q.narrow(1, seq - 1, 1)?;
+            let ones = Tensor::ones((3, seq), DType::I64, cpu)?;
+            let left = Tensor::cat(
+                &[&ones.zeros_like()?.narrow(1, 0, seq / 2)?, &ones.narrow(1, seq / 2, seq - seq / 2)?],
+                1,
+            )?;
+            let padded = Mask::padding(&left)?;
+            for pattern in [Pattern::Full, Pattern::Causal, Pattern::Sliding(9)] {
+                let attention = Attention { heads, kv_heads, head_dim, scale: None, pattern };
+                assert_paths_agree(&attention, [&q, &k, &v], None)?;
+                assert_paths_agree(&attention, [&last, &k, &v], None)?;
+                assert_paths_agree(&attention, [&q, &k, &v], padded.as_ref())?;
+                assert_paths_agree(&attention, [&q, &k.contiguous()?, &v.contiguous()?], padded.as_ref())?;
+                for (b, h, n) in [(1, 1, 1), (3, 1, seq), (1, heads, seq), (3, heads, 1)] {
+                    let mask = Mask::additive(&Tensor::randn(0f32, 1.0, (b, h, n, seq), cpu)?)?;
+                    assert_paths_agree(&attention, [&q, &k, &v], Some(&mask))?;
+                    assert_paths_agree(&attention, [&q, &k, &v], Some(&mask.with_padding(&left)?))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What eager attention of transformers gives where no key may be seen: every score is the lowest finite one.
+    #[test]
+    fn a_query_that_sees_nothing_takes_the_mean() -> Result<()> {
+        let cpu = &Device::Cpu;
+        let attention = Attention { heads: 1, kv_heads: 1, head_dim: 1, scale: None, pattern: Pattern::Full };
+        let q = Tensor::new(&[[[1f32]]], cpu)?;
+        let k = Tensor::new(&[[[5f32], [1.], [0.]]], cpu)?;
+        let v = Tensor::new(&[[[1f32], [2.], [6.]]], cpu)?;
+        let mask = Mask::padding(&Tensor::zeros((1, 3), DType::I64, cpu)?)?;
+        for y in [attention.forward(&q, &k, &v, mask.as_ref())?, attention.forward_plain(&q, &k, &v, mask.as_ref())?] {
+            assert_eq!(y.flatten_all()?.to_vec1::<f32>()?, [3.0]);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn all_ones_mask_nothing() -> Result<()> {
+        assert!(Mask::padding(&Tensor::ones((2, 5), DType::I64, &Device::Cpu)?)?.is_none());
+        Ok(())
+    }
+
+    #[test]
+    fn misfits_are_named() -> Result<()> {
+        let cpu = &Device::Cpu;
+        let attention = Attention { heads: 4, kv_heads: 2, head_dim: 8, scale: None, pattern: Pattern::Full };
+        let (q, k) = (Tensor::zeros((1, 3, 32), DType::F32, cpu)?, Tensor::zeros((1, 5, 16), DType::F32, cpu)?);
+        let error =
+            |q: &Tensor, k: &Tensor, mask: Option<&Mask>| attention.forward(q, k, k, mask).unwrap_err().to_string();
+        assert!(error(&q.narrow(2, 0, 31)?, &k, None).contains("queries have shape [1, 3, 31], expected [1, 3, 32]"));
+        let mask = Mask::padding(&Tensor::zeros((1, 4), DType::I64, cpu)?)?;
+        assert!(error(&q, &k, mask.as_ref()).contains("padding mask has shape [1, 4], expected [1, 5]"));
+        let mask = Mask::additive(&Tensor::zeros((1, 1, 3, 1), DType::F32, cpu)?)?;
+        assert!(error(&q, &k, Some(&mask)).contains("bias has shape [1, 1, 3, 1], expected [1, 4, 3, 5]"));
+        let attention = Attention { kv_heads: 3, ..attention };
+        assert!(attention.forward(&q, &k, &k, None).unwrap_err().to_string().contains("cannot share 3"));
+        Ok(())
+    }
+}

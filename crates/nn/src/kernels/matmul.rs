@@ -1,0 +1,808 @@
+//! C = A · Wᵀ with the weights W packed once, f32 sums, and bias, activation and residual added while the result is in
+//! cache.
+#![expect(unsafe_code, reason = "micro-kernels on raw rows; lengths are checked once, in `matmul`")]
+
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+use half::{bf16, f16};
+
+use super::isa::Isa;
+use super::{KernelError, math};
+use super::simd::{Kernel, Simd, simd_entry};
+use crate::activation::Activation;
+use crate::memory::Buffer;
+use crate::pool;
+
+/// Vectors in a row of a panel.
+const VECTORS: usize = 2;
+/// Steps over k between two additions to C. The sum of a block is a chain in registers, so this is also part of the
+/// definition of the result: the same for every m, thread and path, and an item in a batch equals the item alone.
+const K_BLOCK: usize = 768;
+/// Bytes of one block of panels, kept in the second-level cache while the rows go by.
+const GROUP_BYTES: usize = 512 << 10;
+
+/// A weight matrix (n, k), row-major, in the precision in which it stays packed.
+#[derive(Debug, Clone, Copy)]
+pub enum Weights<'a> {
+    /// 32 bits.
+    F32(&'a [f32]),
+    /// The upper half of an f32.
+    Bf16(&'a [bf16]),
+    /// IEEE half precision.
+    F16(&'a [f16]),
+}
+
+impl Weights<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Self::F32(w) => w.len(),
+            Self::Bf16(w) => w.len(),
+            Self::F16(w) => w.len(),
+        }
+    }
+}
+
+enum Panels {
+    F32(Buffer<f32>),
+    Bf16(Buffer<bf16>),
+    F16(Buffer<f16>),
+}
+
+/// Weights (n, k) as the micro-kernel reads them: panels of some columns of C, each panel contiguous over k, columns
+/// past n zero.
+pub struct PackedMatrix {
+    isa: Isa,
+    n: usize,
+    k: usize,
+    panels: Panels,
+}
+
+impl PackedMatrix {
+    /// Packs `weights` (n, k), row-major, for the widest instruction set.
+    ///
+    /// # Errors
+    /// When the length is not n · k.
+    pub fn pack(weights: Weights<'_>, n: usize, k: usize) -> Result<Self, KernelError> {
+        Self::pack_for(Isa::current(), weights, n, k)
+    }
+
+    pub(crate) fn pack_for(isa: Isa, weights: Weights<'_>, n: usize, k: usize) -> Result<Self, KernelError> {
+        KernelError::check("weights", n.checked_mul(k), weights.len())?;
+        let width = panel_width(isa);
+        let panels = match weights {
+            Weights::F32(w) => Panels::F32(pack_panels(w, n, k, width)),
+            Weights::Bf16(w) => Panels::Bf16(pack_panels(w, n, k, width)),
+            Weights::F16(w) => Panels::F16(pack_panels(w, n, k, width)),
+        };
+        Ok(Self { isa, n, k, panels })
+    }
+
+    /// Columns of C: rows of the weights.
+    pub fn n(&self) -> usize {
+        self.n
+    }
+
+    /// The dimension summed over.
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// Bytes that one product reads of the weights, padding included.
+    pub fn bytes(&self) -> usize {
+        match &self.panels {
+            Panels::F32(w) => size_of_val::<[f32]>(w),
+            Panels::Bf16(w) => size_of_val::<[bf16]>(w),
+            Panels::F16(w) => size_of_val::<[f16]>(w),
+        }
+    }
+}
+
+fn panel_width(isa: Isa) -> usize {
+    fn width<S: Simd>() -> usize {
+        VECTORS * S::LANES
+    }
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => width::<super::simd::Avx512>(),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => width::<super::simd::Avx2>(),
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => width::<super::simd::Neon>(),
+        _ => width::<super::simd::Scalar>(),
+    }
+}
+
+fn pack_panels<T: Copy + Default + Send + Sync>(w: &[T], n: usize, k: usize, width: usize) -> Buffer<T> {
+    let mut packed = Buffer::uninit(n.div_ceil(width) * width * k);
+    let base = SendPtr(packed.as_mut_ptr());
+    pool::run(n.div_ceil(width), |panel| {
+        // SAFETY: the panel's own part of the buffer, which no other task touches.
+        let out = unsafe { std::slice::from_raw_parts_mut(base.get().add(panel * width * k), width * k) };
+        let first = panel * width;
+        // A few rows of the panel at a time: they and what is read of W stay in the first-level cache.
+        for (block, out) in out.chunks_mut(16 * width).enumerate() {
+            for column in 0..width {
+                for (i, out) in out.chunks_mut(width).enumerate() {
+                    let value = if first + column < n { w[(first + column) * k + block * 16 + i] } else { T::default() };
+                    out[column].write(value);
+                }
+            }
+        }
+    });
+    // SAFETY: every panel was written in full.
+    unsafe { packed.assume_init() }
+}
+
+/// A pointer that tasks share; they write disjoint parts.
+#[derive(Clone, Copy)]
+struct SendPtr<T>(*mut T);
+// SAFETY: only the holder's promise of disjointness is needed.
+unsafe impl<T> Send for SendPtr<T> {}
+// SAFETY: as above.
+unsafe impl<T> Sync for SendPtr<T> {}
+impl<T> SendPtr<T> {
+    fn get(self) -> *mut T {
+        self.0
+    }
+}
+
+/// Rows of f32, each contiguous, at a fixed distance.
+#[derive(Debug, Clone, Copy)]
+pub struct Rows<'a> {
+    /// From the first row's first element on.
+    pub data: &'a [f32],
+    /// Elements from one row's start to the next one's.
+    pub stride: usize,
+}
+
+impl<'a> Rows<'a> {
+    /// Rows without gaps.
+    pub fn contiguous(data: &'a [f32], width: usize) -> Self {
+        Self { data, stride: width }
+    }
+
+    fn check(&self, what: &'static str, rows: usize, width: usize) -> Result<(), KernelError> {
+        let needed = match rows {
+            0 => Some(0),
+            _ => (rows - 1).checked_mul(self.stride).and_then(|start| start.checked_add(width)),
+        };
+        KernelError::check_least(what, needed, self.data.len())
+    }
+}
+
+/// What is done to a sum before it is written: activation(sum + bias) + residual.
+#[derive(Debug, Clone, Copy)]
+pub struct Epilogue<'a> {
+    /// One value per column.
+    pub bias: Option<&'a [f32]>,
+    /// Element-wise.
+    pub activation: Activation,
+    /// Of C's shape.
+    pub residual: Option<Rows<'a>>,
+}
+
+impl Default for Epilogue<'_> {
+    fn default() -> Self {
+        Self { bias: None, activation: Activation::Identity, residual: None }
+    }
+}
+
+/// C (m, n) = epilogue(A (m, k) · Wᵀ), every element of `out` (m, n) written.
+///
+/// # Errors
+/// When a slice is too short for its shape.
+pub fn matmul(
+    a: Rows<'_>,
+    m: usize,
+    w: &PackedMatrix,
+    epilogue: &Epilogue<'_>,
+    out: &mut [MaybeUninit<f32>],
+) -> Result<(), KernelError> {
+    a.check("A", m, w.k)?;
+    KernelError::check("C", m.checked_mul(w.n), out.len())?;
+    if let Some(bias) = epilogue.bias {
+        KernelError::check("bias", Some(w.n), bias.len())?;
+    }
+    if let Some(residual) = epilogue.residual {
+        residual.check("residual", m, w.n)?;
+    }
+    if out.is_empty() {
+        return Ok(());
+    }
+    let width = panel_width(w.isa);
+    let grid = Grid::choose(m, w.n.div_ceil(width), width, w.k, pool::threads());
+    let c = SendPtr(out.as_mut_ptr().cast::<f32>());
+    pool::run(grid.tasks(), |task| {
+        let (rows, panels) = grid.task(task);
+        let block = Block { a, c: c.get(), n: w.n, k: w.k, rows, panels, epilogue };
+        // SAFETY: the lengths were checked above, tasks write disjoint parts of C, and packing took an available set.
+        unsafe {
+            match &w.panels {
+                Panels::F32(panels) => block_f32(w.isa, &block, panels.as_ptr()),
+                Panels::Bf16(panels) => block_bf16(w.isa, &block, panels.as_ptr()),
+                Panels::F16(panels) => block_f16(w.isa, &block, panels.as_ptr()),
+            }
+        }
+    });
+    Ok(())
+}
+
+/// How C is cut into tasks: `row_parts` × `panel_parts` rectangles of nearly equal sides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Grid {
+    m: usize,
+    panels: usize,
+    row_parts: usize,
+    panel_parts: usize,
+}
+
+impl Grid {
+    /// The cut with the least estimated time: rounds of tasks over the threads, times what a task multiplies and reads.
+    fn choose(m: usize, panels: usize, width: usize, k: usize, threads: usize) -> Self {
+        // In units of one row times one panel: what it costs to fetch a panel, and a row, from beyond the second-level
+        // cache, and to begin a task.
+        const PANEL: f64 = 6.0;
+        const ROW: f64 = 0.3;
+        const TASK: f64 = 2.0;
+        let most = (GROUP_BYTES / (k.clamp(1, K_BLOCK) * width * 4)).clamp(1, panels);
+        let mut best = (f64::INFINITY, Self { m, panels, row_parts: 1, panel_parts: 1 });
+        for row_parts in 1..=m.div_ceil(8).min(2 * threads) {
+            let rows = m.div_ceil(row_parts) as f64;
+            let mut last = 0;
+            for group in (1..=most).rev() {
+                let panel_parts = panels.div_ceil(group);
+                if panel_parts == last {
+                    continue;
+                }
+                last = panel_parts;
+                let group = panels.div_ceil(panel_parts) as f64;
+                let rounds = (row_parts * panel_parts).div_ceil(threads) as f64;
+                let cost = rounds * (rows * group + PANEL * group + ROW * rows + TASK);
+                if cost < best.0 {
+                    best = (cost, Self { m, panels, row_parts, panel_parts });
+                }
+            }
+        }
+        best.1
+    }
+
+    fn tasks(&self) -> usize {
+        self.row_parts * self.panel_parts
+    }
+
+    /// Rows and panels of a task. Those that follow one another share panels, which are what is costly to read.
+    fn task(&self, index: usize) -> (Range<usize>, Range<usize>) {
+        let rows = share(self.m, self.row_parts, index % self.row_parts);
+        (rows, share(self.panels, self.panel_parts, index / self.row_parts))
+    }
+}
+
+/// The `index`-th of `parts` nearly equal parts of 0..len.
+fn share(len: usize, parts: usize, index: usize) -> Range<usize> {
+    len * index / parts..len * (index + 1) / parts
+}
+
+/// One task.
+struct Block<'a> {
+    a: Rows<'a>,
+    c: *mut f32,
+    n: usize,
+    k: usize,
+    rows: Range<usize>,
+    panels: Range<usize>,
+    epilogue: &'a Epilogue<'a>,
+}
+
+simd_entry! {
+    /// # Safety
+    /// A, C and the epilogue have the lengths that the shape asks for; nobody else touches this block of C.
+    fn block_f32(block: &Block<'_>, panels: *const f32) = multiply<_, f32>
+}
+simd_entry! {
+    /// # Safety
+    /// As for [`block_f32`].
+    fn block_bf16(block: &Block<'_>, panels: *const bf16) = multiply<_, bf16>
+}
+simd_entry! {
+    /// # Safety
+    /// As for [`block_f32`].
+    fn block_f16(block: &Block<'_>, panels: *const f16) = multiply<_, f16>
+}
+
+/// A stored weight.
+trait Element: Copy {
+    /// `S::LANES` of them, as f32.
+    ///
+    /// # Safety
+    /// As for the methods of [`Simd`].
+    unsafe fn load<S: Simd>(p: *const Self) -> S::F;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const Self) -> S::F {
+        // SAFETY: the caller's.
+        unsafe { S::load(p) }
+    }
+}
+
+impl Element for bf16 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const Self) -> S::F {
+        // SAFETY: the caller's; bf16 is its bits.
+        unsafe { S::load_bf16(p.cast()) }
+    }
+}
+
+impl Element for f16 {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const Self) -> S::F {
+        // SAFETY: the caller's; f16 is its bits.
+        unsafe { S::load_f16(p.cast()) }
+    }
+}
+
+/// Most rows of a micro-kernel: twice as many sums, two vectors of W and one of A fill the registers.
+const fn tile_rows(registers: usize) -> usize {
+    if registers >= 32 { MAX_ROWS } else { 6 }
+}
+
+const MAX_ROWS: usize = 12;
+const MAX_WIDTH: usize = 32;
+
+/// Up to so many rows the product waits for W, so the kernel asks for it some way ahead.
+const STREAMED_ROWS: usize = 8;
+/// How far, in bytes.
+const AHEAD: usize = 8192;
+
+/// A tile on its way through memory.
+#[repr(align(64))]
+struct Staging([MaybeUninit<f32>; MAX_ROWS * MAX_WIDTH]);
+
+#[inline(always)]
+unsafe fn multiply<S: Simd, E: Element>(block: &Block<'_>, panels: *const E) {
+    let tiles = block.rows.len().div_ceil(tile_rows(S::REGISTERS));
+    let blocks = block.k.div_ceil(K_BLOCK).max(1);
+    // Rows that fit one tile read W once, in the order in which it lies; more share a block of k of all panels.
+    let group = if tiles == 1 { 1 } else { block.panels.len() };
+    for first in block.panels.clone().step_by(group) {
+        let group = first..block.panels.end.min(first + group);
+        for index in 0..blocks {
+            for tile in 0..tiles {
+                let rows = share(block.rows.len(), tiles, tile);
+                let rows = block.rows.start + rows.start..block.rows.start + rows.end;
+                for panel in group.clone() {
+                    // SAFETY: the caller's; rows, panel and block of k lie within A, W and C.
+                    unsafe { multiply_tile::<S, E>(block, panels, rows.clone(), panel, index, index + 1 == blocks) }
+                }
+            }
+        }
+    }
+}
+
+/// One panel over one block of k, for the rows of one tile.
+#[inline(always)]
+unsafe fn multiply_tile<S: Simd, E: Element>(
+    block: &Block<'_>,
+    panels: *const E,
+    rows: Range<usize>,
+    panel: usize,
+    index: usize,
+    is_last: bool,
+) {
+    let &Block { a, n, k, epilogue, .. } = block;
+    let width = VECTORS * S::LANES;
+    let column = panel * width;
+    let columns = width.min(n - column);
+    let step = index * K_BLOCK;
+    let activation = if is_last { epilogue.activation } else { Activation::Identity };
+    let is_staged = columns < width || activation != Activation::Identity;
+    let mut staging = Staging([const { MaybeUninit::uninit() }; MAX_ROWS * MAX_WIDTH]);
+    let staged: *mut f32 = staging.0.as_mut_ptr().cast();
+    // SAFETY: the caller's.
+    unsafe {
+        let out = Out {
+            c: block.c.add(rows.start * n + column),
+            stride: n,
+            add: index > 0,
+            bias: epilogue.bias.filter(|_| is_last).map(|bias| bias.as_ptr().add(column)),
+            residual: epilogue
+                .residual
+                .filter(|_| is_last)
+                .map(|r| (r.data.as_ptr().add(rows.start * r.stride + column), r.stride)),
+            staged: is_staged.then_some(staged),
+        };
+        let a_tile = a.data.as_ptr().add(rows.start * a.stride + step);
+        let b = panels.add((panel * k + step) * width);
+        tile::<S, E>(rows.len(), a_tile, a.stride, b, K_BLOCK.min(k - step), &out);
+        if is_staged {
+            finish::<S>(activation, staged, rows.len(), columns, &out);
+        }
+    }
+}
+
+/// Where a tile goes and what is added to it.
+struct Out {
+    c: *mut f32,
+    stride: usize,
+    /// Whether C holds the sum of earlier steps.
+    add: bool,
+    bias: Option<*const f32>,
+    residual: Option<(*const f32, usize)>,
+    /// The sum goes here instead, bare.
+    staged: Option<*mut f32>,
+}
+
+/// `M` rows of one panel over `steps` of k.
+struct Tile<'a, E, const M: usize> {
+    a: *const f32,
+    stride: usize,
+    b: *const E,
+    steps: usize,
+    out: &'a Out,
+}
+
+/// Runs the tile of `height` rows.
+#[inline(always)]
+unsafe fn tile<S: Simd, E: Element>(height: usize, a: *const f32, stride: usize, b: *const E, steps: usize, out: &Out) {
+    macro_rules! heights {
+        ($($m:literal)*) => {
+            match height {
+                // SAFETY: the caller's.
+                $($m if $m <= tile_rows(S::REGISTERS) => unsafe {
+                    S::call(&Tile::<E, $m> { a, stride, b, steps, out })
+                },)*
+                _ => unreachable!("a tile has at most {} rows", tile_rows(S::REGISTERS)),
+            }
+        };
+    }
+    heights!(1 2 3 4 5 6 7 8 9 10 11 12)
+}
+
+impl<E: Element, const M: usize> Kernel for Tile<'_, E, M> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(&self) {
+        let &Self { a, stride, b, steps, out } = self;
+        // Rows four at a time from one pointer, or each would want a register of its own.
+        let offsets = [0, stride, 2 * stride, 3 * stride];
+        // SAFETY: the caller's.
+        unsafe {
+            let mut sums = [[S::splat(0.0); VECTORS]; M];
+            for p in 0..steps {
+                let w: [S::F; VECTORS] = std::array::from_fn(|j| E::load::<S>(b.add((p * VECTORS + j) * S::LANES)));
+                if M <= STREAMED_ROWS {
+                    let ahead = b.wrapping_add(p * VECTORS * S::LANES).wrapping_byte_add(AHEAD).cast::<f32>();
+                    S::prefetch(ahead);
+                    if VECTORS * S::LANES * size_of::<E>() > 64 {
+                        S::prefetch(ahead.wrapping_add(16));
+                    }
+                }
+                let mut four = a.add(p);
+                for i in 0..M {
+                    let x = S::splat(*four.add(offsets[i % 4]));
+                    for j in 0..VECTORS {
+                        sums[i][j] = S::fma(x, w[j], sums[i][j]);
+                    }
+                    if i % 4 == 3 {
+                        four = four.add(4 * stride);
+                    }
+                }
+            }
+            if let Some(staged) = out.staged {
+                each::<M>(|i, j| S::store(staged.add((i * VECTORS + j) * S::LANES), sums[i][j]));
+                return;
+            }
+            if out.add {
+                each::<M>(|i, j| sums[i][j] = S::add(S::load(out.c.add(i * out.stride + j * S::LANES)), sums[i][j]));
+            }
+            if let Some(bias) = out.bias {
+                let bias: [S::F; VECTORS] = std::array::from_fn(|j| S::load(bias.add(j * S::LANES)));
+                each::<M>(|i, j| sums[i][j] = S::add(sums[i][j], bias[j]));
+            }
+            if let Some((residual, stride)) = out.residual {
+                each::<M>(|i, j| sums[i][j] = S::add(sums[i][j], S::load(residual.add(i * stride + j * S::LANES))));
+            }
+            each::<M>(|i, j| S::store(out.c.add(i * out.stride + j * S::LANES), sums[i][j]));
+        }
+    }
+}
+
+/// Calls `f` for every vector of a tile of `M` rows.
+#[inline(always)]
+fn each<const M: usize>(mut f: impl FnMut(usize, usize)) {
+    for i in 0..M {
+        for j in 0..VECTORS {
+            f(i, j);
+        }
+    }
+}
+
+/// What a [`Tile`] does after the product, for a tile that does not fill its panel or has an activation.
+#[inline(always)]
+unsafe fn finish<S: Simd>(activation: Activation, staged: *const f32, height: usize, columns: usize, out: &Out) {
+    macro_rules! each {
+        ($($activation:ident)*) => {
+            match activation {
+                // The literal makes a copy of the loop with one function inlined.
+                // SAFETY: the caller's.
+                $(Activation::$activation => unsafe {
+                    finish_with::<S>(Activation::$activation, staged, height, columns, out)
+                },)*
+            }
+        };
+    }
+    each!(Identity Gelu GeluTanh QuickGelu Relu Silu Tanh Sigmoid)
+}
+
+#[inline(always)]
+unsafe fn finish_with<S: Simd>(
+    activation: Activation,
+    staged: *const f32,
+    height: usize,
+    columns: usize,
+    out: &Out,
+) {
+    for i in 0..height {
+        for j in 0..columns.div_ceil(S::LANES) {
+            let column = j * S::LANES;
+            let lanes = S::LANES.min(columns - column);
+            // SAFETY: the caller's; `column + lanes` stays within the columns.
+            unsafe {
+                let c = out.c.add(i * out.stride + column);
+                let mut sum = S::load(staged.add(i * VECTORS * S::LANES + column));
+                if out.add {
+                    sum = S::add(S::load_partial(c, lanes), sum);
+                }
+                if let Some(bias) = out.bias {
+                    sum = S::add(sum, S::load_partial(bias.add(column), lanes));
+                }
+                sum = math::activate::<S>(activation, sum);
+                if let Some((residual, stride)) = out.residual {
+                    sum = S::add(sum, S::load_partial(residual.add(i * stride + column), lanes));
+                }
+                S::store_partial(c, lanes, sum);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::activation::activate_scalar;
+    use super::*;
+
+    /// The definition, with sums in f64. `weights` are (n, k).
+    fn matmul_reference(a: Rows<'_>, m: usize, weights: &[f32], n: usize, k: usize, epilogue: &Epilogue<'_>) -> Vec<f64> {
+        let mut out = Vec::with_capacity(m * n);
+        for i in 0..m {
+            for j in 0..n {
+                let product = |p: usize| f64::from(a.data[i * a.stride + p]) * f64::from(weights[j * k + p]);
+                let sum: f64 = (0..k).map(product).sum();
+                let sum = sum + epilogue.bias.map_or(0.0, |bias| f64::from(bias[j]));
+                let value = activate_scalar(epilogue.activation, sum as f32);
+                let value = if epilogue.activation == Activation::Identity { sum } else { value };
+                out.push(value + epilogue.residual.map_or(0.0, |r| f64::from(r.data[i * r.stride + j])));
+            }
+        }
+        out
+    }
+
+    /// Numbers in [-1, 1), the same in every run.
+    fn numbers(len: usize, seed: u64) -> Vec<f32> {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        let mut next = || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+        };
+        (0..len).map(|_| next()).collect()
+    }
+
+    fn product(a: Rows<'_>, m: usize, w: &PackedMatrix, epilogue: &Epilogue<'_>) -> Vec<f32> {
+        // A value that no sum has, so that an element that is not written is seen.
+        let mut out = vec![MaybeUninit::new(-1e30f32); m * w.n()];
+        matmul(a, m, w, epilogue, &mut out).unwrap();
+        // SAFETY: all were initialised above.
+        out.into_iter().map(|x| unsafe { x.assume_init() }).collect()
+    }
+
+    /// A sum of k products below 1, in blocks of `K_BLOCK` and then over the blocks: each of the k roundings is at most
+    /// half an ULP of a partial sum, and partial sums of random signs stay below 4 √k, so the error is below
+    /// 2^-24 · k · 4 √k, with the bias, the residual and the activation (at most 2 ULP of the sum) in the added 8.
+    fn tolerance(k: usize) -> f64 {
+        let k = k as f64;
+        (k + 8.0) * 4.0 * k.sqrt().max(1.0) / f64::from(1 << 24)
+    }
+
+    struct Case {
+        a: Vec<f32>,
+        stride: usize,
+        m: usize,
+        n: usize,
+        k: usize,
+        weights: Vec<f32>,
+        bias: Vec<f32>,
+        residual: Vec<f32>,
+    }
+
+    impl Case {
+        fn new(m: usize, n: usize, k: usize, gap: usize) -> Self {
+            let seed = (m * 1_000_000 + n * 1000 + k) as u64;
+            let stride = k + gap;
+            Self {
+                a: numbers(m * stride, seed),
+                stride,
+                m,
+                n,
+                k,
+                weights: numbers(n * k, seed + 1),
+                bias: numbers(n, seed + 2),
+                residual: numbers(m * (n + gap), seed + 3),
+            }
+        }
+
+        fn check(&self, isa: Isa, activation: Activation, bias: bool, residual: bool) {
+            let &Self { m, n, k, stride, .. } = self;
+            let a = Rows { data: &self.a, stride };
+            let epilogue = Epilogue {
+                bias: bias.then_some(&self.bias),
+                activation,
+                residual: residual.then_some(Rows { data: &self.residual, stride: n + stride - k }),
+            };
+            let bf16s: Vec<bf16> = self.weights.iter().map(|&w| bf16::from_f32(w)).collect();
+            let f16s: Vec<f16> = self.weights.iter().map(|&w| f16::from_f32(w)).collect();
+            let from_bf16: Vec<f32> = bf16s.iter().map(|w| w.to_f32()).collect();
+            let from_f16: Vec<f32> = f16s.iter().map(|w| w.to_f32()).collect();
+            let stored = [
+                (Weights::F32(&self.weights), &self.weights),
+                (Weights::Bf16(&bf16s), &from_bf16),
+                (Weights::F16(&f16s), &from_f16),
+            ];
+            for (weights, values) in stored {
+                let packed = PackedMatrix::pack_for(isa, weights, n, k).unwrap();
+                let found = product(a, m, &packed, &epilogue);
+                let expected = matmul_reference(a, m, values, n, k, &epilogue);
+                for (index, (found, expected)) in found.iter().zip(&expected).enumerate() {
+                    let error = (f64::from(*found) - expected).abs();
+                    assert!(
+                        error <= tolerance(k),
+                        "{isa} {activation:?} m={m} n={n} k={k} at ({}, {}): {found}, expected {expected}",
+                        index / n,
+                        index % n
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_path_against_the_definition() {
+        for isa in Isa::available() {
+            for m in (1..=17).chain([29, 64, 131]) {
+                for n in [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 64, 65, 67] {
+                    for k in [1, 2, 3, 15, 16, 33, 67] {
+                        let gap = (m + n + k) % 3;
+                        Case::new(m, n, k, gap).check(isa, Activation::Identity, n % 2 == 0, k % 2 == 0);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_n_and_k() {
+        for isa in Isa::available() {
+            for n in 1..=67 {
+                for k in 1..=67 {
+                    Case::new(3, n, k, 1).check(isa, Activation::Identity, true, false);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn across_blocks_of_k() {
+        for isa in Isa::available() {
+            for k in [K_BLOCK - 1, K_BLOCK, K_BLOCK + 1, 2 * K_BLOCK, 3 * K_BLOCK + 5] {
+                for (m, n) in [(1, 33), (5, 64), (15, 40), (40, 97)] {
+                    Case::new(m, n, k, 3).check(isa, Activation::Gelu, true, true);
+                    Case::new(m, n, k, 0).check(isa, Activation::Identity, false, true);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_activation() {
+        use Activation::*;
+        for isa in Isa::available() {
+            for activation in [Identity, Gelu, GeluTanh, QuickGelu, Relu, Silu, Tanh, Sigmoid] {
+                for (m, n) in [(1, 64), (7, 33), (20, 96)] {
+                    Case::new(m, n, 40, 0).check(isa, activation, true, m == 7);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn no_dimension_or_nothing_to_sum() {
+        for isa in Isa::available() {
+            let empty = PackedMatrix::pack_for(isa, Weights::F32(&[]), 0, 5).unwrap();
+            assert!(product(Rows { data: &[0.0; 10], stride: 5 }, 2, &empty, &Epilogue::default()).is_empty());
+            let no_k = PackedMatrix::pack_for(isa, Weights::F32(&[]), 3, 0).unwrap();
+            let epilogue = Epilogue { bias: Some(&[1.0, 2.0, 3.0]), ..Epilogue::default() };
+            assert_eq!(product(Rows { data: &[], stride: 0 }, 2, &no_k, &epilogue), [1.0, 2.0, 3.0, 1.0, 2.0, 3.0]);
+        }
+    }
+
+    #[test]
+    fn nan_and_infinity_reach_their_row_and_column_only() {
+        for isa in Isa::available() {
+            for m in [1, 4, 20] {
+                let (n, k) = (70, 50);
+                let mut a = numbers(m * k, 1);
+                let mut weights = numbers(n * k, 2);
+                a[(m - 1) * k + 7] = f32::INFINITY;
+                weights[41 * k + 3] = f32::NAN;
+                weights[66 * k + 7] = 0.0; // ∞ · 0
+                let packed = PackedMatrix::pack_for(isa, Weights::F32(&weights), n, k).unwrap();
+                let found = product(Rows { data: &a, stride: k }, m, &packed, &Epilogue::default());
+                let expected = matmul_reference(Rows { data: &a, stride: k }, m, &weights, n, k, &Epilogue::default());
+                for (found, expected) in found.iter().zip(&expected) {
+                    assert_eq!(found.is_nan(), expected.is_nan());
+                    assert_eq!(found.is_infinite(), expected.is_infinite());
+                    assert!(found.is_finite() || found.is_nan() || f64::from(*found) == *expected);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_in_a_batch_equals_the_row_alone() {
+        for isa in Isa::available() {
+            let (m, n, k) = (45, 100, K_BLOCK + 100);
+            let case = Case::new(m, n, k, 0);
+            for weights in [Weights::F32(&case.weights), Weights::Bf16(&vec![bf16::ONE; n * k])] {
+                let packed = PackedMatrix::pack_for(isa, weights, n, k).unwrap();
+                let all = product(Rows { data: &case.a, stride: k }, m, &packed, &Epilogue::default());
+                for (row, alone) in case.a.chunks(k).zip(all.chunks(n)) {
+                    assert_eq!(product(Rows { data: row, stride: k }, 1, &packed, &Epilogue::default()), alone);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn lengths_that_do_not_fit_are_named() {
+        let packed = PackedMatrix::pack(Weights::F32(&[0.0; 12]), 3, 4).unwrap();
+        let a = Rows { data: &[0.0; 8], stride: 4 };
+        let call = |a, epilogue: &Epilogue<'_>, len| {
+            matmul(a, 2, &packed, epilogue, &mut vec![MaybeUninit::new(0.0); len]).map_err(|error| error.to_string())
+        };
+        let none = Epilogue::default();
+        assert_eq!(call(a, &none, 6), Ok(()));
+        assert!(call(Rows { data: &[0.0; 7], stride: 4 }, &none, 6).unwrap_err().starts_with('A'));
+        assert!(call(Rows { data: &[0.0; 8], stride: usize::MAX }, &none, 6).unwrap_err().starts_with('A'));
+        assert!(call(a, &none, 5).unwrap_err().starts_with('C'));
+        assert!(call(a, &Epilogue { bias: Some(&[0.0; 2]), ..none }, 6).unwrap_err().starts_with("bias"));
+        let short = Epilogue { residual: Some(Rows { data: &[0.0; 5], stride: 3 }), ..none };
+        assert!(call(a, &short, 6).unwrap_err().starts_with("residual"));
+        assert!(PackedMatrix::pack(Weights::F32(&[0.0; 11]), 3, 4).is_err());
+    }
+
+    #[test]
+    fn a_grid_covers_everything_once() {
+        for (m, panels, k, threads) in [(1, 1, 1, 1), (1, 24, 768, 2), (128, 96, 768, 2), (197, 3, 3072, 64), (1024, 72, 768, 7)] {
+            let grid = Grid::choose(m, panels, 32, k, threads);
+            let mut hits = vec![0; m * panels];
+            for (rows, columns) in (0..grid.tasks()).map(|task| grid.task(task)) {
+                for row in rows {
+                    columns.clone().for_each(|column| hits[row * panels + column] += 1);
+                }
+            }
+            assert!(hits.iter().all(|&hits| hits == 1), "{grid:?}");
+        }
+    }
+}

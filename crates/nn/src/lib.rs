@@ -1,0 +1,16 @@
+//! Shared neural-network blocks on candle, with fused CPU kernels chosen at run time.
+//!
+//! This crate deliberately knows no benchmark, no catalog and no model: a block is configured by numbers and loads its
+//! weights from a `VarBuilder`.
+
+pub mod activation;
+pub mod attention;
+pub mod embedding;
+pub mod kernels;
+pub mod linear;
+pub(crate) mod memory;
+pub mod norm;
+pub(crate) mod op;
+pub mod patch_embed;
+pub mod pool;
+pub mod resize;

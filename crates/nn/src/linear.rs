@@ -1,0 +1,407 @@
+//! y = x Wᵀ + b, with what follows it fused: on the CPU a product with weights packed at load, elsewhere candle's own.
+//! Mirrors `torch.nn.Linear`.
+
+use std::mem::MaybeUninit;
+use std::sync::Arc;
+
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, DType, Layout, Result, Shape, Storage, Tensor, bail};
+use candle_nn::VarBuilder;
+
+use crate::activation::Activation;
+use crate::kernels::matmul::{Epilogue, PackedMatrix, Rows, Weights, matmul};
+use crate::memory;
+
+/// A dense layer. Cloning shares the weights.
+///
+/// On the CPU weights in f32, bf16 and f16 are packed for the kernel in their own precision (the unpacked ones are
+/// dropped) and the activations are f32; on other devices, and for other dtypes, the activations have the weights'
+/// dtype.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use roofbench_nn::linear::Linear;
+///
+/// let weight = Tensor::new(&[[1f32, 2.], [3., 4.], [5., 6.]], &Device::Cpu)?; // (out, in)
+/// let bias = Tensor::new(&[0f32, 0., 10.], &Device::Cpu)?;
+/// let linear = Linear::new(&weight, Some(&bias))?;
+/// let x = Tensor::new(&[[1f32, -1.]], &Device::Cpu)?;
+/// assert_eq!(linear.forward(&x)?.to_vec2::<f32>()?, [[-1., -1., 9.]]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct Linear {
+    in_dim: usize,
+    out_dim: usize,
+    weight: Weight,
+}
+
+#[derive(Clone)]
+enum Weight {
+    /// For the kernel.
+    Packed { matrix: Arc<PackedMatrix>, bias: Option<Arc<[f32]>> },
+    /// For candle: (out, in) and (out).
+    Plain { weight: Tensor, bias: Option<Tensor> },
+}
+
+impl Linear {
+    /// From `weight` (out, in) and `bias` (out).
+    ///
+    /// # Errors
+    /// When the shapes do not fit together.
+    pub fn new(weight: &Tensor, bias: Option<&Tensor>) -> Result<Self> {
+        memory::keep_freed_memory();
+        let (out_dim, in_dim) = weight.dims2()?;
+        if let Some(bias) = bias
+            && bias.dims() != [out_dim]
+        {
+            bail!("linear: the weight has shape {:?}, the bias {:?}; expected [{out_dim}]", weight.dims(), bias.dims());
+        }
+        let weight = match pack(&weight.contiguous()?, out_dim, in_dim)? {
+            Some(matrix) => {
+                let bias = bias.map(|bias| bias.to_dtype(DType::F32)?.to_vec1::<f32>()).transpose()?;
+                Weight::Packed { matrix: Arc::new(matrix), bias: bias.map(Arc::from) }
+            }
+            None => Weight::Plain { weight: weight.clone(), bias: bias.cloned() },
+        };
+        Ok(Self { in_dim, out_dim, weight })
+    }
+
+    /// Reads `weight` (out, in) and, if wanted, `bias` (out).
+    ///
+    /// # Errors
+    /// When a tensor is missing or has another shape.
+    pub fn load(in_dim: usize, out_dim: usize, bias: bool, vb: VarBuilder<'_>) -> Result<Self> {
+        let weight = vb.get((out_dim, in_dim), "weight")?;
+        let bias = if bias { Some(vb.get(out_dim, "bias")?) } else { None };
+        Self::new(&weight, bias.as_ref())
+    }
+
+    /// Several layers on the same input as one product: its outputs are theirs, side by side in the order of `parts`
+    /// (name, out).
+    ///
+    /// # Errors
+    /// When `parts` is empty, or a tensor is missing or has another shape.
+    pub fn load_fused(in_dim: usize, parts: &[(&str, usize)], bias: bool, vb: VarBuilder<'_>) -> Result<Self> {
+        let weights = parts.iter().map(|&(name, out)| vb.pp(name).get((out, in_dim), "weight")).collect::<Result<Vec<_>>>()?;
+        let biases = parts.iter().filter(|_| bias).map(|&(name, out)| vb.pp(name).get(out, "bias")).collect::<Result<Vec<_>>>()?;
+        let bias = if bias { Some(Tensor::cat(&biases, 0)?) } else { None };
+        Self::new(&Tensor::cat(&weights, 0)?, bias.as_ref())
+    }
+
+    /// Width of the input.
+    pub fn in_dim(&self) -> usize {
+        self.in_dim
+    }
+
+    /// Width of the output.
+    pub fn out_dim(&self) -> usize {
+        self.out_dim
+    }
+
+    /// Bytes that the weights and the bias occupy.
+    pub fn weight_bytes(&self) -> usize {
+        let tensor = |t: &Tensor| t.elem_count() * t.dtype().size_in_bytes();
+        match &self.weight {
+            Weight::Packed { matrix, bias } => matrix.bytes() + bias.as_ref().map_or(0, |bias| size_of_val::<[f32]>(bias)),
+            Weight::Plain { weight, bias } => tensor(weight) + bias.as_ref().map_or(0, tensor),
+        }
+    }
+
+    /// x Wᵀ + b.
+    ///
+    /// # Shapes
+    /// (..., in) → (..., out).
+    ///
+    /// # Errors
+    /// When the last dimension is not `in`, or the device or dtype is not that of the weights (f32 on the CPU).
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.forward_act(x, Activation::Identity)
+    }
+
+    /// activation(x Wᵀ + b).
+    ///
+    /// # Shapes
+    /// (..., in) → (..., out).
+    ///
+    /// # Errors
+    /// As for [`forward`](Self::forward).
+    pub fn forward_act(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
+        self.check(x)?;
+        match &self.weight {
+            Weight::Packed { matrix, bias } => {
+                let product = Product { matrix, bias: bias.as_deref(), activation };
+                with_rows(x)?.apply_op1_no_bwd(&product)
+            }
+            Weight::Plain { weight, bias } => activation.forward(&plain(x, weight, bias.as_ref())?),
+        }
+    }
+
+    /// x Wᵀ + b + residual.
+    ///
+    /// # Shapes
+    /// x (..., in), residual (..., out) → (..., out).
+    ///
+    /// # Errors
+    /// As for [`forward`](Self::forward), and when the residual has not the result's shape.
+    pub fn forward_add(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        self.check(x)?;
+        let shape = self.out_shape(x.dims());
+        if residual.shape() != &shape {
+            bail!("linear: the residual has shape {:?}, the result {shape:?}", residual.shape());
+        }
+        match &self.weight {
+            Weight::Packed { matrix, bias } => {
+                let product = Product { matrix, bias: bias.as_deref(), activation: Activation::Identity };
+                with_rows(x)?.apply_op2_no_bwd(&with_rows(residual)?, &product)
+            }
+            Weight::Plain { weight, bias } => plain(x, weight, bias.as_ref())? + residual,
+        }
+    }
+
+    fn check(&self, x: &Tensor) -> Result<()> {
+        if x.dims().last() != Some(&self.in_dim) {
+            bail!("linear: the input has shape {:?}, its last dimension should be {}", x.dims(), self.in_dim);
+        }
+        if matches!(self.weight, Weight::Packed { .. }) && x.dtype() != DType::F32 {
+            bail!("linear: the input is {:?}; on the CPU activations are f32, convert it with to_dtype", x.dtype());
+        }
+        Ok(())
+    }
+
+    fn out_shape(&self, x: &[usize]) -> Shape {
+        with_last(x, self.out_dim)
+    }
+}
+
+fn with_last(dims: &[usize], last: usize) -> Shape {
+    let mut dims = dims.to_vec();
+    if let Some(dim) = dims.last_mut() {
+        *dim = last;
+    }
+    Shape::from(dims)
+}
+
+/// `None` for a device or dtype that the kernel does not do.
+fn pack(weight: &Tensor, n: usize, k: usize) -> Result<Option<PackedMatrix>> {
+    let (storage, layout) = weight.storage_and_layout();
+    let Storage::Cpu(storage) = &*storage else { return Ok(None) };
+    let range = layout.start_offset()..layout.start_offset() + n * k;
+    let weights = match storage {
+        CpuStorage::F32(w) => Weights::F32(&w[range]),
+        CpuStorage::BF16(w) => Weights::Bf16(&w[range]),
+        CpuStorage::F16(w) => Weights::F16(&w[range]),
+        _ => return Ok(None),
+    };
+    PackedMatrix::pack(weights, n, k).map(Some).map_err(candle_core::Error::wrap)
+}
+
+fn plain(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let rows = x.reshape(((), x.dim(D::Minus1)?))?; // (rows, in)
+    let y = rows.matmul(&weight.t()?)?.reshape(with_last(x.dims(), weight.dim(0)?))?;
+    match bias {
+        Some(bias) => y.broadcast_add(bias),
+        None => Ok(y),
+    }
+}
+
+/// The tensor itself where its rows are contiguous and evenly spaced, else a copy for which they are.
+fn with_rows(x: &Tensor) -> Result<Tensor> {
+    if row_stride(x.layout()).is_some() { Ok(x.clone()) } else { x.contiguous() }
+}
+
+/// Elements from one row (last dimension) to the next, when each is contiguous and all are evenly spaced.
+fn row_stride(layout: &Layout) -> Option<usize> {
+    let (&width, dims) = layout.dims().split_last()?;
+    let (&last, strides) = layout.stride().split_last()?;
+    if last != 1 && width > 1 {
+        return None;
+    }
+    // From the innermost on: the distance of rows, and how far one dimension further out has to step.
+    let mut found: Option<(usize, usize)> = None;
+    for (&dim, &stride) in dims.iter().zip(strides).rev().filter(|(dim, _)| **dim != 1) {
+        found = match found {
+            None => Some((stride, stride * dim)),
+            Some((row, step)) if step == stride => Some((row, stride * dim)),
+            Some(_) => return None,
+        };
+    }
+    Some(found.map_or(width, |(row, _)| row))
+}
+
+fn rows<'a>((storage, layout): (&'a CpuStorage, &Layout)) -> Result<Rows<'a>> {
+    let Some(stride) = row_stride(layout) else { bail!("linear: rows of {layout:?} are not evenly spaced") };
+    Ok(Rows { data: storage.as_slice::<f32>()?.get(layout.start_offset()..).unwrap_or_default(), stride })
+}
+
+/// The product as candle calls it.
+struct Product<'a> {
+    matrix: &'a PackedMatrix,
+    bias: Option<&'a [f32]>,
+    activation: Activation,
+}
+
+impl Product<'_> {
+    fn run(&self, x: (&CpuStorage, &Layout), residual: Option<(&CpuStorage, &Layout)>) -> Result<(CpuStorage, Shape)> {
+        let epilogue =
+            Epilogue { bias: self.bias, activation: self.activation, residual: residual.map(rows).transpose()? };
+        let shape = with_last(x.1.dims(), self.matrix.n());
+        let m = x.1.dims().split_last().map_or(1, |(_, rows)| rows.iter().product());
+        let y = filled(shape.elem_count(), |out| matmul(rows(x)?, m, self.matrix, &epilogue, out).map_err(candle_core::Error::wrap))?;
+        Ok((CpuStorage::F32(y), shape))
+    }
+}
+
+/// A vector that `write` fills, without zeroing it first.
+fn filled(len: usize, write: impl FnOnce(&mut [MaybeUninit<f32>]) -> Result<()>) -> Result<Vec<f32>> {
+    let mut out = Vec::with_capacity(len);
+    write(&mut out.spare_capacity_mut()[..len])?;
+    // SAFETY: `write` is the product, which writes every element or fails.
+    #[expect(unsafe_code, reason = "the kernel wrote every element")]
+    unsafe {
+        out.set_len(len);
+    }
+    Ok(out)
+}
+
+impl CustomOp1 for Product<'_> {
+    fn name(&self) -> &'static str {
+        "packed-linear"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.run((x, layout), None)
+    }
+}
+
+impl CustomOp2 for Product<'_> {
+    fn name(&self) -> &'static str {
+        "packed-linear-add"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, xl: &Layout, residual: &CpuStorage, rl: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.run((x, xl), Some((residual, rl)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, IndexOp};
+    use candle_nn::VarMap;
+
+    use super::*;
+
+    fn random(shape: &[usize]) -> Tensor {
+        Tensor::randn(0f32, 1., shape, &Device::Cpu).unwrap()
+    }
+
+    /// Candle's product of the same numbers, in f64.
+    fn expected(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
+        let double = |t: &Tensor| t.to_dtype(DType::F64).unwrap();
+        let bias = bias.map(double);
+        plain(&double(&x.contiguous().unwrap()), &double(weight), bias.as_ref()).unwrap()
+    }
+
+    /// Sums of up to 100 products of standard normals: 100 roundings of at most half an ULP of a sum below 64.
+    fn assert_close(found: &Tensor, expected: &Tensor) {
+        assert_eq!(found.dims(), expected.dims());
+        let error = (found.to_dtype(DType::F64).unwrap() - expected).unwrap().abs().unwrap().flatten_all().unwrap();
+        let error = error.max(0).unwrap().to_scalar::<f64>().unwrap();
+        assert!(error < 1e-4, "{error}");
+    }
+
+    #[test]
+    fn every_layout_of_the_input() {
+        let (weight, bias) = (random(&[70, 100]), random(&[70]));
+        let linear = Linear::new(&weight, Some(&bias)).unwrap();
+        assert_eq!((linear.in_dim(), linear.out_dim()), (100, 70));
+        let wide = random(&[3, 5, 300]);
+        let inputs = [
+            random(&[100]),
+            random(&[3, 5, 100]),
+            wide.narrow(2, 100, 100).unwrap(),
+            wide.narrow(2, 0, 100).unwrap().narrow(1, 2, 1).unwrap(),
+            wide.narrow(2, 0, 100).unwrap().narrow(1, 1, 3).unwrap(),
+            random(&[5, 100]).unsqueeze(0).unwrap().broadcast_as((3, 5, 100)).unwrap(),
+            random(&[2, 100, 4]).transpose(1, 2).unwrap(),
+            random(&[0, 100]),
+        ];
+        for x in &inputs {
+            let expected = expected(x, &weight, Some(&bias));
+            let found = linear.forward(x).unwrap();
+            assert_eq!(found.dims(), expected.dims());
+            if x.elem_count() > 0 {
+                assert_close(&found, &expected);
+            }
+        }
+    }
+
+    #[test]
+    fn activation_and_residual() {
+        let (weight, x) = (random(&[70, 100]), random(&[2, 9, 100]));
+        let linear = Linear::new(&weight, None).unwrap();
+        let sum = expected(&x, &weight, None);
+        let gelu = linear.forward_act(&x, Activation::Gelu).unwrap();
+        assert_close(&gelu, &sum.gelu_erf().unwrap());
+        let wide = random(&[2, 9, 140]);
+        for residual in [random(&[2, 9, 70]), wide.narrow(2, 70, 70).unwrap(), random(&[70, 9, 2]).t_all()] {
+            let found = linear.forward_add(&x, &residual).unwrap();
+            assert_close(&found, &(&sum + residual.to_dtype(DType::F64).unwrap()).unwrap());
+        }
+        let error = linear.forward_add(&x, &random(&[2, 9, 71])).unwrap_err().to_string();
+        assert!(error.contains("[2, 9, 71]") && error.contains("[2, 9, 70]"), "{error}");
+    }
+
+    trait Transposed {
+        fn t_all(&self) -> Tensor;
+    }
+    impl Transposed for Tensor {
+        fn t_all(&self) -> Tensor {
+            self.permute((2, 1, 0)).unwrap()
+        }
+    }
+
+    #[test]
+    fn half_precision_weights_stay_so() {
+        let x = random(&[4, 100]);
+        for dtype in [DType::BF16, DType::F16] {
+            let weight = random(&[70, 100]).to_dtype(dtype).unwrap();
+            let bias = random(&[70]).to_dtype(dtype).unwrap();
+            let linear = Linear::new(&weight, Some(&bias)).unwrap();
+            assert_close(&linear.forward(&x).unwrap(), &expected(&x, &weight, Some(&bias)));
+            assert!(linear.weight_bytes() < 100 * 96 * 2 + 4 * 70 + 1);
+        }
+    }
+
+    #[test]
+    fn other_dtypes_use_candle() {
+        let (weight, bias) = (random(&[7, 10]).to_dtype(DType::F64).unwrap(), random(&[7]).to_dtype(DType::F64).unwrap());
+        let linear = Linear::new(&weight, Some(&bias)).unwrap();
+        let x = random(&[2, 3, 10]).to_dtype(DType::F64).unwrap();
+        assert_eq!(linear.weight_bytes(), 8 * 77);
+        assert_close(&linear.forward(&x).unwrap(), &expected(&x, &weight, Some(&bias)));
+        assert_close(&linear.forward_act(&x, Activation::Relu).unwrap(), &expected(&x, &weight, Some(&bias)).relu().unwrap());
+    }
+
+    #[test]
+    fn fused_layers_stand_side_by_side() {
+        let map = VarMap::new();
+        let vb = VarBuilder::from_varmap(&map, DType::F32, &Device::Cpu);
+        let query = Linear::load(10, 6, true, vb.pp("query")).unwrap();
+        let value = Linear::load(10, 4, true, vb.pp("value")).unwrap();
+        let fused = Linear::load_fused(10, &[("query", 6), ("value", 4)], true, vb).unwrap();
+        let x = random(&[3, 10]);
+        let y = fused.forward(&x).unwrap();
+        assert_eq!(y.i((.., ..6)).unwrap().to_vec2::<f32>().unwrap(), query.forward(&x).unwrap().to_vec2::<f32>().unwrap());
+        assert_eq!(y.i((.., 6..)).unwrap().to_vec2::<f32>().unwrap(), value.forward(&x).unwrap().to_vec2::<f32>().unwrap());
+    }
+
+    #[test]
+    fn what_does_not_fit_is_named() {
+        let linear = Linear::new(&random(&[7, 10]), None).unwrap();
+        let error = linear.forward(&random(&[2, 11])).unwrap_err().to_string();
+        assert!(error.contains("[2, 11]") && error.contains("10"), "{error}");
+        let error = linear.forward(&random(&[2, 10]).to_dtype(DType::BF16).unwrap()).unwrap_err().to_string();
+        assert!(error.contains("BF16"), "{error}");
+        assert!(Linear::new(&random(&[7, 10]), Some(&random(&[8]))).is_err());
+    }
+}

@@ -1,0 +1,190 @@
+//! Normalisation over the last dimension.
+
+use candle_core::{DType, Result, Tensor};
+use candle_nn::VarBuilder;
+
+use crate::kernels::{layer_norm, rms_norm};
+use crate::op;
+
+/// Elements that one thread normalises at a time, about.
+const CHUNK: usize = 8192;
+
+/// A parameter of `size` elements: f32 on the CPU, where the kernels want it, else as loaded.
+fn parameter(vb: &VarBuilder, size: usize, name: &str) -> Result<Tensor> {
+    kernel_parameter(&vb.get(size, name)?)
+}
+
+fn kernel_parameter(p: &Tensor) -> Result<Tensor> {
+    if p.device().is_cpu() { p.to_dtype(DType::F32)?.contiguous() } else { Ok(p.clone()) }
+}
+
+/// The last dimension of `x` is `size`, or an error that says so.
+fn check_size(what: &str, x: &Tensor, size: usize) -> Result<()> {
+    if size == 0 || x.dims().last() != Some(&size) {
+        candle_core::bail!("{what} over {size} elements got an input of shape {:?}", x.dims())
+    }
+    Ok(())
+}
+
+/// y = weight (x - mean) / sqrt(var + eps) + bias (arXiv:1607.06450). Mirrors `torch.nn.LayerNorm`.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use roofbench_nn::norm::LayerNorm;
+///
+/// let (weight, bias) = (Tensor::new(&[1f32, 1., 1., 2.], &Device::Cpu)?, Tensor::new(&[0f32, 0., 1., 0.], &Device::Cpu)?);
+/// let norm = LayerNorm::new(&weight, Some(&bias), 0.0)?;
+/// // mean 1, variance 4
+/// let y = norm.forward(&Tensor::new(&[[-1f32, -1., 3., 3.]], &Device::Cpu)?)?;
+/// assert_eq!(y.to_vec2::<f32>()?, [[-1.0, -1.0, 2.0, 2.0]]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct LayerNorm {
+    weight: Tensor,
+    bias: Tensor,
+    eps: f64,
+}
+
+impl LayerNorm {
+    /// Reads `weight` and `bias`, both (size).
+    ///
+    /// # Errors
+    /// Of the `VarBuilder`, when a tensor is missing or has another shape.
+    pub fn load(size: usize, eps: f64, vb: VarBuilder) -> Result<Self> {
+        Ok(Self { weight: parameter(&vb, size, "weight")?, bias: parameter(&vb, size, "bias")?, eps })
+    }
+
+    /// From `weight` (size) and `bias` (size), which is zero where absent.
+    ///
+    /// # Errors
+    /// When their shapes differ.
+    pub fn new(weight: &Tensor, bias: Option<&Tensor>, eps: f64) -> Result<Self> {
+        let size = weight.dims1()?;
+        let bias = bias.map_or_else(|| weight.zeros_like(), |bias| bias.reshape(size))?;
+        Ok(Self { weight: kernel_parameter(weight)?, bias: kernel_parameter(&bias)?, eps })
+    }
+
+    /// # Shapes
+    /// `x` and the result are (..., size).
+    ///
+    /// # Errors
+    /// When the last dimension is not `size`.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let size = self.weight.elem_count();
+        check_size("LayerNorm", x, size)?;
+        if !op::is_cpu_f32(x) {
+            let (weight, bias) = (self.weight.to_dtype(x.dtype())?, self.bias.to_dtype(x.dtype())?);
+            return candle_nn::ops::layer_norm(&x.contiguous()?, &weight, &bias, self.eps as f32);
+        }
+        op::apply3("layer-norm", [&x.contiguous()?, &self.weight, &self.bias], |[x, w, b]| {
+            let (shape, x) = (x.1.shape().clone(), op::elements(x.0, x.1)?);
+            let (w, b) = (op::elements(w.0, w.1)?, op::elements(b.0, b.1)?);
+            Ok((by_rows(x, size, |x, y| layer_norm::layer_norm(x, w, b, self.eps as f32, y)), shape))
+        })
+    }
+}
+
+/// Runs a kernel that writes all of its output over whole rows of `x`, some rows at a time in parallel.
+fn by_rows(x: &[f32], size: usize, kernel: impl Fn(&[f32], &mut [std::mem::MaybeUninit<f32>]) + Sync) -> Vec<f32> {
+    let rows = (CHUNK / size).max(1);
+    #[expect(unsafe_code, reason = "the kernel fills what is handed to it")]
+    // SAFETY: both kernels write all of their output.
+    unsafe {
+        op::collect_chunks(x.len(), rows * size, |i, y| kernel(&x[i..i + y.len()], y))
+    }
+}
+
+/// y = weight x / sqrt(mean(x²) + eps) (arXiv:1910.07467). Mirrors `LlamaRMSNorm` and `T5LayerNorm` of transformers.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use roofbench_nn::norm::RmsNorm;
+///
+/// let norm = RmsNorm::new(&Tensor::new(&[1f32, 2.], &Device::Cpu)?, 0.0)?;
+/// // the mean of the squares of 1 and 7 is 25
+/// let y = norm.forward(&Tensor::new(&[[1f32, 7.]], &Device::Cpu)?)?;
+/// assert_eq!(y.to_vec2::<f32>()?, [[0.2, 2.8]]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct RmsNorm {
+    weight: Tensor,
+    eps: f64,
+}
+
+impl RmsNorm {
+    /// Reads `weight` (size).
+    ///
+    /// # Errors
+    /// Of the `VarBuilder`, when the tensor is missing or has another shape.
+    pub fn load(size: usize, eps: f64, vb: VarBuilder) -> Result<Self> {
+        Ok(Self { weight: parameter(&vb, size, "weight")?, eps })
+    }
+
+    /// From `weight` (size).
+    ///
+    /// # Errors
+    /// When it has another number of dimensions.
+    pub fn new(weight: &Tensor, eps: f64) -> Result<Self> {
+        weight.dims1()?;
+        Ok(Self { weight: kernel_parameter(weight)?, eps })
+    }
+
+    /// # Shapes
+    /// `x` and the result are (..., size).
+    ///
+    /// # Errors
+    /// When the last dimension is not `size`.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let size = self.weight.elem_count();
+        check_size("RmsNorm", x, size)?;
+        if !op::is_cpu_f32(x) {
+            let weight = self.weight.to_dtype(x.dtype())?;
+            return candle_nn::ops::rms_norm(&x.contiguous()?, &weight, self.eps as f32);
+        }
+        op::apply2("rms-norm", &x.contiguous()?, &self.weight, |[x, w]| {
+            let (shape, x) = (x.1.shape().clone(), op::elements(x.0, x.1)?);
+            let w = op::elements(w.0, w.1)?;
+            Ok((by_rows(x, size, |x, y| rms_norm::rms_norm(x, w, self.eps as f32, y)), shape))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn agrees_with_candle_and_takes_any_layout() -> Result<()> {
+        let cpu = &Device::Cpu;
+        let (weight, bias) = (Tensor::randn(1f32, 0.1, 96, cpu)?, Tensor::randn(0f32, 0.1, 96, cpu)?);
+        let (layer, rms) = (LayerNorm::new(&weight, Some(&bias), 1e-5)?, RmsNorm::new(&weight, 1e-5)?);
+        let x = Tensor::randn(0f32, 1.0, (3, 96, 211), cpu)?.transpose(1, 2)?;
+        let plain = x.contiguous()?;
+        let difference = |a: &Tensor, b: &Tensor| (a - b)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>();
+        // a few roundings of values up to 5
+        let wanted = candle_nn::ops::layer_norm(&plain, &weight, &bias, 1e-5)?;
+        assert!(difference(&layer.forward(&x)?, &wanted)? < 3e-6);
+        let wanted = candle_nn::ops::rms_norm(&plain, &weight, 1e-5)?;
+        assert!(difference(&rms.forward(&x)?, &wanted)? < 3e-6);
+
+        let half = x.to_dtype(DType::F16)?;
+        assert!(difference(&layer.forward(&half)?.to_dtype(DType::F32)?, &layer.forward(&x)?)? < 1e-2);
+        assert_eq!(rms.forward(&half)?.dtype(), DType::F16);
+        assert_eq!(layer.forward(&x.narrow(1, 0, 0)?)?.dims(), [3, 0, 96]);
+        let error = layer.forward(&x.narrow(2, 0, 95)?).unwrap_err().to_string();
+        assert!(error.contains("96") && error.contains("95"), "{error}");
+        Ok(())
+    }
+
+    #[test]
+    fn absent_bias_is_zero() -> Result<()> {
+        let weight = Tensor::new(&[1f32, 1.], &Device::Cpu)?;
+        let y = LayerNorm::new(&weight, None, 0.0)?.forward(&Tensor::new(&[1f32, 3.], &Device::Cpu)?)?;
+        assert_eq!(y.to_vec1::<f32>()?, [-1.0, 1.0]);
+        Ok(())
+    }
+}

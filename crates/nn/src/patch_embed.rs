@@ -1,0 +1,144 @@
+//! Images cut into patches, each projected: the entry of a vision transformer.
+
+use std::mem::MaybeUninit;
+
+use candle_core::{Result, Tensor, bail};
+use candle_nn::VarBuilder;
+
+use crate::linear::Linear;
+use crate::op;
+
+/// A convolution whose stride is its kernel, as a product over patches. Mirrors the `projection` of
+/// `transformers.ViTPatchEmbeddings`, flattened and transposed.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use roofbench_nn::patch_embed::PatchEmbed;
+///
+/// // one channel, patches of 1 x 2, the sum of each
+/// let embed = PatchEmbed::new(&Tensor::new(&[[[[1f32, 1.]]]], &Device::Cpu)?, None)?;
+/// let pixels = Tensor::new(&[[[[1f32, 2., 3., 4.], [5., 6., 7., 8.]]]], &Device::Cpu)?;
+/// let patches = embed.forward(&pixels)?; // (batch, patches, hidden)
+/// assert_eq!(patches.to_vec3::<f32>()?, [[[3.], [7.], [11.], [15.]]]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct PatchEmbed {
+    channels: usize,
+    patch: (usize, usize),
+    projection: Linear,
+}
+
+impl PatchEmbed {
+    /// Reads `weight` (hidden, channels, patch height, patch width) and, if wanted, `bias` (hidden).
+    ///
+    /// # Errors
+    /// When a tensor is missing or has another shape.
+    pub fn load(channels: usize, hidden: usize, patch: (usize, usize), bias: bool, vb: VarBuilder) -> Result<Self> {
+        let weight = vb.get((hidden, channels, patch.0, patch.1), "weight")?;
+        let bias = if bias { Some(vb.get(hidden, "bias")?) } else { None };
+        Self::new(&weight, bias.as_ref())
+    }
+
+    /// From `weight` (hidden, channels, patch height, patch width) and `bias` (hidden).
+    ///
+    /// # Errors
+    /// When the shapes do not fit together or a patch is empty.
+    pub fn new(weight: &Tensor, bias: Option<&Tensor>) -> Result<Self> {
+        let (hidden, channels, height, width) = weight.dims4()?;
+        if channels * height * width == 0 {
+            bail!("PatchEmbed: a weight of shape {:?} has no pixels", weight.dims())
+        }
+        let projection = Linear::new(&weight.reshape((hidden, channels * height * width))?, bias)?;
+        Ok(Self { channels, patch: (height, width), projection })
+    }
+
+    /// Patches row by row; pixels at the right and lower edge that fill no patch are left out, as a convolution does.
+    ///
+    /// # Shapes
+    /// (batch, channels, height, width) → (batch, patches, hidden).
+    ///
+    /// # Errors
+    /// When the number of channels is another or the image is smaller than a patch.
+    pub fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
+        self.projection.forward(&self.patches(pixels)?)
+    }
+
+    /// The pixels of each patch side by side: (batch, patches, channels · patch height · patch width).
+    fn patches(&self, pixels: &Tensor) -> Result<Tensor> {
+        let (batch, channels, height, width) = pixels.dims4()?;
+        let (ph, pw) = self.patch;
+        let (rows, columns) = (height / ph, width / pw);
+        if channels != self.channels || rows * columns == 0 {
+            let expected = format!("{} channels and at least {ph} x {pw} pixels", self.channels);
+            bail!("PatchEmbed: pixels of shape {:?}, expected {expected}", pixels.dims())
+        }
+        let size = channels * ph * pw;
+        if !op::is_cpu_f32(pixels) {
+            let whole = pixels.narrow(2, 0, rows * ph)?.narrow(3, 0, columns * pw)?;
+            let cut = whole.reshape(&[batch, channels, rows, ph, columns, pw])?.permute([0, 2, 4, 1, 3, 5])?;
+            return cut.contiguous()?.reshape((batch, rows * columns, size));
+        }
+        op::apply1("patches", &pixels.contiguous()?, |storage, layout| {
+            let pixels = op::elements::<f32>(storage, layout)?;
+            // a part is the patches of one row of an image
+            let fill = |begin: usize, part: &mut [MaybeUninit<f32>]| {
+                let row = begin / (columns * size);
+                let (item, row) = (row / rows, row % rows);
+                for (column, out) in part.chunks_exact_mut(size).enumerate() {
+                    for (i, out) in out.chunks_exact_mut(pw).enumerate() {
+                        let (channel, y) = (i / ph, row * ph + i % ph);
+                        let begin = ((item * channels + channel) * height + y) * width + column * pw;
+                        out.write_copy_of_slice(&pixels[begin..begin + pw]);
+                    }
+                }
+            };
+            #[expect(unsafe_code, reason = "the closure fills what is handed to it")]
+            // SAFETY: a part is whole patches, and each line of each patch is written.
+            let patches = unsafe { op::collect_chunks(batch * rows * columns * size, columns * size, fill) };
+            Ok((patches, (batch, rows * columns, size).into()))
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device};
+
+    use super::*;
+
+    #[test]
+    fn equals_the_convolution() -> Result<()> {
+        let cpu = &Device::Cpu;
+        for (channels, hidden, patch, (height, width)) in
+            [(3, 40, (16, 16), (64, 48)), (1, 5, (3, 2), (10, 7)), (3, 7, (4, 4), (7, 18)), (2, 3, (1, 1), (5, 5))]
+        {
+            let weight = Tensor::randn(0f32, 0.1, (hidden, channels, patch.0, patch.1), cpu)?;
+            let bias = Tensor::randn(0f32, 1.0, hidden, cpu)?;
+            let pixels = Tensor::randn(0f32, 1.0, (2, channels, height, width), cpu)?;
+            let got = PatchEmbed::new(&weight, Some(&bias))?.forward(&pixels)?;
+            // candle's convolution knows one stride for both directions
+            let unit = pixels.conv2d(&weight, 0, 1, 1, 1)?;
+            let pick = |n: usize, step: usize| Tensor::arange_step(0u32, (n * step) as u32, step as u32, cpu);
+            let (rows, columns) = (height / patch.0, width / patch.1);
+            let conv = unit.index_select(&pick(rows, patch.0)?, 2)?.index_select(&pick(columns, patch.1)?, 3)?;
+            let want = conv.flatten(2, 3)?.transpose(1, 2)?.broadcast_add(&bias)?;
+            assert_eq!(got.dims(), want.dims());
+            let difference = (got - want)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+            // sums of up to 768 products of size 0.1 in another order
+            assert!(difference < 1e-5, "{difference}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn both_ways_of_cutting_agree() -> Result<()> {
+        let embed = PatchEmbed::new(&Tensor::ones((1, 3, 2, 5), DType::F32, &Device::Cpu)?, None)?;
+        let pixels = Tensor::arange(0f32, 2. * 3. * 7. * 11., &Device::Cpu)?.reshape((2, 3, 7, 11))?;
+        let plain = embed.patches(&pixels.to_dtype(DType::F64)?)?.to_dtype(DType::F32)?;
+        assert_eq!(embed.patches(&pixels)?.to_vec3::<f32>()?, plain.to_vec3::<f32>()?);
+        let error = embed.forward(&pixels.narrow(1, 0, 2)?).err().map(|e| e.to_string()).unwrap_or_default();
+        assert!(error.contains("[2, 2, 7, 11]") && error.contains("3 channels"), "{error}");
+        Ok(())
+    }
+}

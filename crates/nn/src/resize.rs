@@ -1,0 +1,201 @@
+//! Resizing of feature maps, as of learned positions to another grid. Mirrors `torch.nn.functional.interpolate` with a
+//! size (no antialiasing).
+
+use std::mem::MaybeUninit;
+
+use candle_core::{DType, Result, Tensor, bail};
+
+use crate::op;
+
+/// One output position as a weighted sum of input positions, repeated at the edge.
+type Taps<const N: usize> = Vec<[(usize, f32); N]>;
+
+/// Where output position `i` lies in the input, for corners that are aligned or, else, edges.
+fn source(i: usize, input: usize, output: usize, align_corners: bool) -> f32 {
+    if !align_corners {
+        return (i as f32 + 0.5) * (input as f32 / output as f32) - 0.5;
+    }
+    if output > 1 { i as f32 * ((input - 1) as f32 / (output - 1) as f32) } else { 0.0 }
+}
+
+fn cubic_taps(input: usize, output: usize, align_corners: bool) -> Taps<4> {
+    const A: f32 = -0.75;
+    // Keys' kernel (doi:10.1109/TASSP.1981.1163711) within one sample and between one and two
+    let near = |x: f32| ((A + 2.0) * x - (A + 3.0)) * x * x + 1.0;
+    let far = |x: f32| ((A * x - 5.0 * A) * x + 8.0 * A) * x - 4.0 * A;
+    let taps = |i| {
+        let x = source(i, input, output, align_corners);
+        let t = x - x.floor();
+        let at = |offset: i64| (x.floor() as i64 + offset).clamp(0, input as i64 - 1) as usize;
+        [(at(-1), far(t + 1.0)), (at(0), near(t)), (at(1), near(1.0 - t)), (at(2), far(2.0 - t))]
+    };
+    (0..output).map(taps).collect()
+}
+
+fn linear_taps(input: usize, output: usize, align_corners: bool) -> Taps<2> {
+    let taps = |i| {
+        let x = source(i, input, output, align_corners).max(0.0);
+        let low = (x as usize).min(input - 1);
+        let t = x - low as f32;
+        [(low, 1.0 - t), ((low + 1).min(input - 1), t)]
+    };
+    (0..output).map(taps).collect()
+}
+
+/// Bicubic interpolation (a = -0.75).
+///
+/// # Shapes
+/// (batch, channels, height, width) → (batch, channels, size.0, size.1), f32.
+///
+/// # Errors
+/// When `x` has another number of dimensions, or a size is 0.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use roofbench_nn::resize::bicubic;
+///
+/// let x = Tensor::new(&[[[[0f32, 1., 2., 3.]]]], &Device::Cpu)?;
+/// let y = bicubic(&x, (1, 2), false)?.flatten_all()?.to_vec1::<f32>()?;
+/// assert_eq!(y, [0.40625, 2.59375]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn bicubic(x: &Tensor, size: (usize, usize), align_corners: bool) -> Result<Tensor> {
+    resize(x, size, |input, output| cubic_taps(input, output, align_corners))
+}
+
+/// Bilinear interpolation.
+///
+/// # Shapes
+/// (batch, channels, height, width) → (batch, channels, size.0, size.1), f32.
+///
+/// # Errors
+/// When `x` has another number of dimensions, or a size is 0.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use roofbench_nn::resize::bilinear;
+///
+/// let x = Tensor::new(&[[[[0f32, 4.]]]], &Device::Cpu)?;
+/// assert_eq!(bilinear(&x, (1, 4), false)?.flatten_all()?.to_vec1::<f32>()?, [0., 1., 3., 4.]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn bilinear(x: &Tensor, size: (usize, usize), align_corners: bool) -> Result<Tensor> {
+    resize(x, size, |input, output| linear_taps(input, output, align_corners))
+}
+
+/// Each row along the width, then the height, from `taps(input, output)`. Other devices send it to the CPU and back: it
+/// is done once per size, not per image.
+fn resize<const N: usize>(
+    x: &Tensor,
+    (height, width): (usize, usize),
+    taps: impl Fn(usize, usize) -> Taps<N>,
+) -> Result<Tensor> {
+    let (batch, channels, from_height, from_width) = x.dims4()?;
+    if from_height * from_width * height * width == 0 {
+        bail!("resize: from {from_height} x {from_width} to {height} x {width}: a size of 0")
+    }
+    let (rows, columns) = (taps(from_height, height), taps(from_width, width));
+    let on_cpu = x.to_dtype(DType::F32)?.to_device(&candle_core::Device::Cpu)?.contiguous()?;
+    let y = op::apply1("resize", &on_cpu, |storage, layout| {
+        let x = op::elements::<f32>(storage, layout)?;
+        let planes = x.len() / (from_height * from_width);
+        // a part is a plane
+        let fill = |begin: usize, part: &mut [MaybeUninit<f32>]| {
+            let plane = &x[begin / (height * width) * from_height * from_width..][..from_height * from_width];
+            let along_width = |line: &[f32]| columns.iter().map(|taps| sum(taps, |i| line[i])).collect::<Vec<_>>();
+            let lines: Vec<Vec<f32>> = plane.chunks_exact(from_width).map(along_width).collect();
+            for (taps, out) in rows.iter().zip(part.chunks_exact_mut(width)) {
+                for (column, out) in out.iter_mut().enumerate() {
+                    out.write(sum(taps, |i| lines[i][column]));
+                }
+            }
+        };
+        #[expect(unsafe_code, reason = "the closure fills what is handed to it")]
+        // SAFETY: a part is a whole plane, and each element of each of its rows is written.
+        let y = unsafe { op::collect_chunks(planes * height * width, height * width, fill) };
+        Ok((y, (batch, channels, height, width).into()))
+    })?;
+    y.to_device(x.device())
+}
+
+fn sum<const N: usize>(taps: &[(usize, f32); N], x: impl Fn(usize) -> f32) -> f32 {
+    taps.iter().fold(0.0, |sum, &(i, weight)| sum + x(i) * weight)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    fn values(n: usize) -> Vec<f32> {
+        (0..n).map(|i| (i as f32 * 0.731).sin()).collect()
+    }
+
+    /// The two-dimensional formula in f64: every sample of the input, weighed by a kernel of its distance, with the edge
+    /// repeated.
+    fn by_formula(
+        x: &[f32],
+        from: (usize, usize),
+        to: (usize, usize),
+        align: bool,
+        kernel: fn(f64) -> f64,
+    ) -> Vec<f64> {
+        let place = |i: usize, from: usize, to: usize| match (align, to) {
+            (true, 1) => 0.0,
+            (true, _) => i as f64 * (from as f64 - 1.0) / (to as f64 - 1.0),
+            (false, _) => (i as f64 + 0.5) * from as f64 / to as f64 - 0.5,
+        };
+        let mut out = Vec::new();
+        for (oy, ox) in (0..to.0).flat_map(|oy| (0..to.1).map(move |ox| (oy, ox))) {
+            let (y, x0) = (place(oy, from.0, to.0), place(ox, from.1, to.1));
+            let mut sum = 0.0;
+            for sy in -3..from.0 as i64 + 3 {
+                for sx in -3..from.1 as i64 + 3 {
+                    let clamp = |s: i64, n: usize| s.clamp(0, n as i64 - 1) as usize;
+                    let sample = f64::from(x[clamp(sy, from.0) * from.1 + clamp(sx, from.1)]);
+                    sum += sample * kernel((y - sy as f64).abs()) * kernel((x0 - sx as f64).abs());
+                }
+            }
+            out.push(sum);
+        }
+        out
+    }
+
+    fn cubic(x: f64) -> f64 {
+        match x {
+            x if x < 1.0 => 1.25 * x.powi(3) - 2.25 * x.powi(2) + 1.0,
+            x if x < 2.0 => -0.75 * x.powi(3) + 3.75 * x.powi(2) - 6.0 * x + 3.0,
+            _ => 0.0,
+        }
+    }
+
+    #[test]
+    fn agrees_with_the_formula() -> Result<()> {
+        for (from, to) in [((5, 7), (9, 4)), ((4, 4), (4, 4)), ((1, 1), (3, 2)), ((14, 14), (1, 1)), ((3, 8), (16, 17))]
+        {
+            for align in [false, true] {
+                let x = values(2 * from.0 * from.1);
+                let tensor = Tensor::from_slice(&x, (1, 2, from.0, from.1), &Device::Cpu)?;
+                let linear: fn(f64) -> f64 = |x| (1.0 - x).max(0.0);
+                for (got, kernel) in
+                    [(bicubic(&tensor, to, align)?, cubic as fn(f64) -> f64), (bilinear(&tensor, to, align)?, linear)]
+                {
+                    let want = x.chunks(from.0 * from.1).flat_map(|plane| by_formula(plane, from, to, align, kernel));
+                    for (got, want) in got.flatten_all()?.to_vec1::<f32>()?.into_iter().zip(want) {
+                        // positions up to 17 in f32 have an error of 1e-6, the slope is up to 2
+                        assert!((f64::from(got) - want).abs() < 5e-6, "{from:?} -> {to:?}, {align}: {got}, not {want}");
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn empty_sizes_are_refused() -> Result<()> {
+        let x = Tensor::zeros((1, 1, 3, 3), DType::F32, &Device::Cpu)?;
+        assert!(bicubic(&x, (0, 3), false).unwrap_err().to_string().contains("0 x 3"));
+        Ok(())
+    }
+}

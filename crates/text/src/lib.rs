@@ -1,0 +1,87 @@
+//! Text model families on candle with fused CPU kernels: tokenisation, models, and what people do with their outputs.
+//!
+//! This crate deliberately does not know how it is measured: no clock, no meter, no record; and it opens no file of
+//! weights itself. It is complete alone: what a caller needs of roofbench's other crates is re-exported here.
+//!
+//! ```
+//! use roofbench_text::candle_core::{DType, Device, Tensor};
+//! use roofbench_text::serde_json::json;
+//! use roofbench_text::{Call, Engine, HubOptions, ModelSpec, Source, Unobserved, Weights, aliases, load};
+//!
+//! // config.json of a tiny BERT; a real one comes from `weights.config()`
+//! let spec = ModelSpec {
+//!     family: "bert".into(),
+//!     class: "BertForSequenceClassification".into(),
+//!     config: json!({
+//!         "vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+//!         "intermediate_size": 16, "max_position_embeddings": 16, "type_vocab_size": 2, "num_labels": 3,
+//!     }),
+//!     extra_configs: Default::default(),
+//!     dtype: DType::F32,
+//!     device: Device::Cpu,
+//!     engine: Engine::Roofbench,
+//! };
+//! // `Source::Local` opens a checkpoint folder, `Source::Hub` a repository
+//! let source = Source::Synthetic { seed: 0 };
+//! let weights = Weights::open(&source, aliases(&spec), &spec.class, &HubOptions::default())?;
+//! let mut session = load(&spec, &weights)?;
+//!
+//! let input_ids = Tensor::new(&[[2i64, 17, 5, 3]], &Device::Cpu)?;
+//! let call = Call { method: "forward".into(), inputs: [("input_ids".into(), input_ids)].into(), ..Default::default() };
+//! let outputs = session.call(&call, &mut Unobserved)?;
+//! assert_eq!(outputs["logits"].dims(), [1, 3]);
+//!
+//! let flops: u64 = session.cost(&call)?.iter().map(|phase| phase.cost.flops).sum();
+//! assert_eq!(flops, 11_619);
+//! # Ok::<_, Box<dyn std::error::Error>>(())
+//! ```
+
+pub mod models;
+mod session;
+pub mod tasks;
+pub mod tokenize;
+
+pub use candle_core;
+pub use roofbench_core::cost::{Cost, PhaseCost};
+pub use roofbench_core::session::{
+    Arguments, Call, Engine, ModelSpec, Observer, Phase, Session, SessionError, Tensors, Unobserved,
+};
+pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, WeightsError};
+pub use serde_json;
+
+use models::{bert, upstream};
+
+/// The families that run.
+pub const FAMILIES: &[&str] = &["bert"];
+
+/// The `transformers` classes of `family` that run; none for a family that is not one of [`FAMILIES`].
+pub fn classes(family: &str) -> &'static [&'static str] {
+    match family {
+        "bert" => bert::CLASSES,
+        _ => &[],
+    }
+}
+
+/// How published checkpoints of `spec` name the tensors that [`load`] asks for, for [`Weights::open`].
+pub fn aliases(spec: &ModelSpec) -> &'static [AliasRule] {
+    match spec.family.as_str() {
+        "bert" => bert::aliases(spec),
+        _ => &[],
+    }
+}
+
+/// Builds the model of `spec` from `weights`.
+///
+/// # Errors
+/// Names the family, class, engine, field of config.json or tensor that is missing or not supported.
+pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, SessionError> {
+    let vb = weights.var_builder(spec.dtype, &spec.device);
+    match (spec.family.as_str(), spec.engine) {
+        ("bert", Engine::Roofbench) => Ok(Box::new(bert::BertModel::load(spec, vb)?)),
+        ("bert", Engine::CandleTransformers) => Ok(Box::new(upstream::Bert::load(spec, vb)?)),
+        (family, _) => Err(SessionError::UnsupportedEngine {
+            family: family.to_string(),
+            reason: format!("is no text family here; supported: {}", FAMILIES.join(", ")),
+        }),
+    }
+}

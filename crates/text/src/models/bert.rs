@@ -1,0 +1,631 @@
+//! BERT encoder: learned positions, bidirectional attention, normalisation after each half of a layer.
+//! Source: BERT (arXiv:1810.04805). Mirrors `transformers.BertModel`, `BertForMaskedLM` and
+//! `BertForSequenceClassification`.
+
+use std::collections::BTreeMap;
+
+use candle_core::Tensor;
+use candle_nn::VarBuilder;
+use roofbench_core::cost::{self, Cost, Norm, PhaseCost};
+use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Session, SessionError, Tensors};
+use roofbench_core::weights::{AliasRule, AliasScope};
+use roofbench_nn::activation::Activation;
+use roofbench_nn::attention::{Attention, Mask, Pattern};
+use roofbench_nn::embedding::Embedding;
+use roofbench_nn::linear::Linear;
+use roofbench_nn::norm::LayerNorm;
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use crate::session::{Inputs, Result, in_range, paths, refuse, zero_or_one};
+
+/// The classes that run.
+pub const CLASSES: &[&str] = &["BertModel", "BertForMaskedLM", "BertForSequenceClassification"];
+
+/// Names in published checkpoints. The first two are for a tied output matrix, the third for a class without pooler.
+const RULES: &[AliasRule] = &[
+    rename(r"^cls\.predictions\.decoder\.weight$", "bert.embeddings.word_embeddings.weight", AliasScope::Head),
+    rename(r"^cls\.predictions\.decoder\.bias$", "cls.predictions.bias", AliasScope::Head),
+    drop(r"^(bert\.)?pooler\.", AliasScope::Head),
+    // converted from TensorFlow
+    rename(r"LayerNorm\.gamma$", "LayerNorm.weight", AliasScope::Always),
+    rename(r"LayerNorm\.beta$", "LayerNorm.bias", AliasScope::Always),
+    // the head of next-sentence prediction, which none of the classes has
+    drop(r"^cls\.seq_relationship\.", AliasScope::Always),
+    // an integer buffer
+    drop(r"\.position_ids$", AliasScope::Always),
+    // saved from a class with a head, and from BertModel
+    rename(r"^bert\.", "", AliasScope::Base),
+    drop(r"^(cls|classifier)\.", AliasScope::Base),
+    rename(r"^(embeddings|encoder|pooler)\.", "bert.$1.", AliasScope::Head),
+];
+
+/// How published checkpoints name the tensors of `spec`.
+pub fn aliases(spec: &ModelSpec) -> &'static [AliasRule] {
+    let untied = spec.config.get("tie_word_embeddings") == Some(&Value::Bool(false));
+    match spec.class.as_str() {
+        "BertForMaskedLM" if untied => &RULES[2..],
+        "BertForMaskedLM" => RULES,
+        _ => &RULES[3..],
+    }
+}
+
+/// The part of `config.json` that shapes the computation; field names are the file's own.
+#[derive(Debug, Clone, Deserialize)]
+pub struct BertConfig {
+    /// Distinct tokens.
+    pub vocab_size: usize,
+    /// Width of the stream.
+    pub hidden_size: usize,
+    /// Layers.
+    pub num_hidden_layers: usize,
+    /// Attention heads; they divide `hidden_size`.
+    pub num_attention_heads: usize,
+    /// Width inside the feed-forward half.
+    pub intermediate_size: usize,
+    /// Longest sequence.
+    pub max_position_embeddings: usize,
+    /// Distinct segments.
+    pub type_vocab_size: usize,
+    /// Activation of the feed-forward half and of the masked-LM head.
+    #[serde(default = "gelu")]
+    pub hidden_act: Activation,
+    /// Added to the variance in every normalisation.
+    #[serde(default = "eps")]
+    pub layer_norm_eps: f64,
+    /// The masked-LM head multiplies with the word embeddings; `true` when absent.
+    #[serde(default = "yes")]
+    pub tie_word_embeddings: bool,
+    /// Names of the classes to tell apart, by index.
+    pub id2label: Option<Map<String, Value>>,
+    /// Number of classes where `id2label` is absent; 2 when both are.
+    pub num_labels: Option<usize>,
+    position_embedding_type: Option<String>,
+    is_decoder: Option<bool>,
+    add_cross_attention: Option<bool>,
+    pruned_heads: Option<Map<String, Value>>,
+}
+
+fn gelu() -> Activation {
+    Activation::Gelu
+}
+
+fn eps() -> f64 {
+    1e-12
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl BertConfig {
+    /// Reads and checks config.json.
+    ///
+    /// # Errors
+    /// Names the field that is missing, malformed, or changes the result in a way that isn't supported.
+    pub fn from_spec(spec: &ModelSpec) -> Result<Self, SessionError> {
+        let cfg: Self = spec.parse_config()?;
+        let sizes = [
+            ("vocab_size", cfg.vocab_size),
+            ("hidden_size", cfg.hidden_size),
+            ("num_hidden_layers", cfg.num_hidden_layers),
+            ("num_attention_heads", cfg.num_attention_heads),
+            ("intermediate_size", cfg.intermediate_size),
+            ("max_position_embeddings", cfg.max_position_embeddings),
+            ("type_vocab_size", cfg.type_vocab_size),
+            ("num_labels", cfg.labels()),
+        ];
+        const LARGEST: usize = 1 << 24; // far beyond any model, and products of three still fit 64 bits
+        let invalid = |field: &str, reason: String| SessionError::Config { field: field.to_string(), reason };
+        if let Some((field, size)) = sizes.into_iter().find(|(_, size)| !(1..=LARGEST).contains(size)) {
+            return Err(invalid(field, format!("{size} is not in 1..={LARGEST}")));
+        }
+        if !cfg.hidden_size.is_multiple_of(cfg.num_attention_heads) {
+            let reason =
+                format!("{} is not a multiple of num_attention_heads, {}", cfg.hidden_size, cfg.num_attention_heads);
+            return Err(invalid("hidden_size", reason));
+        }
+        if !(cfg.layer_norm_eps.is_finite() && cfg.layer_norm_eps >= 0.) {
+            return Err(invalid("layer_norm_eps", format!("{} is not a number of 0 or more", cfg.layer_norm_eps)));
+        }
+        let unsupported = [
+            (
+                "position_embedding_type",
+                cfg.position_embedding_type.as_deref().is_some_and(|kind| kind != "absolute"),
+                "absolute",
+            ),
+            ("is_decoder", cfg.is_decoder == Some(true), "false"),
+            ("add_cross_attention", cfg.add_cross_attention == Some(true), "false"),
+            ("pruned_heads", cfg.pruned_heads.as_ref().is_some_and(|heads| !heads.is_empty()), "{}"),
+        ];
+        match unsupported.into_iter().find(|(_, refused, _)| *refused) {
+            Some((field, _, supported)) => Err(SessionError::UnsupportedConfig {
+                family: spec.family.clone(),
+                field: field.to_string(),
+                value: spec.config[field].to_string(),
+                supported: supported.to_string(),
+            }),
+            None => Ok(cfg),
+        }
+    }
+
+    /// Classes that the sequence classifier tells apart.
+    fn labels(&self) -> usize {
+        self.id2label.as_ref().map(Map::len).or(self.num_labels).unwrap_or(2)
+    }
+
+    fn layer_norm(&self, vb: VarBuilder) -> Result<LayerNorm> {
+        LayerNorm::load(self.hidden_size, self.layer_norm_eps, vb.pp("LayerNorm"))
+    }
+}
+
+struct Embeddings {
+    word_embeddings: Embedding,
+    position_embeddings: Embedding,
+    token_type_embeddings: Embedding,
+    layer_norm: LayerNorm,
+}
+
+impl Embeddings {
+    fn load(cfg: &BertConfig, vb: VarBuilder) -> Result<Self> {
+        let table = |rows: usize, name: &str| Embedding::load(rows, cfg.hidden_size, vb.pp(name));
+        Ok(Self {
+            word_embeddings: table(cfg.vocab_size, "word_embeddings")?,
+            position_embeddings: table(cfg.max_position_embeddings, "position_embeddings")?,
+            token_type_embeddings: table(cfg.type_vocab_size, "token_type_embeddings")?,
+            layer_norm: cfg.layer_norm(vb)?,
+        })
+    }
+
+    /// (batch, seq) ids -> (batch, seq, hidden).
+    fn forward(&self, ids: &TokenIds) -> Result<Tensor> {
+        let words = self.word_embeddings.forward(&ids.input_ids)?; // (batch, seq, hidden)
+        let positions = self.position_embeddings.forward(&ids.position_ids)?; // (1 or batch, seq, hidden)
+        let types = self.token_type_embeddings.forward(&ids.token_type_ids)?; // (1 or batch, 1 or seq, hidden)
+        self.layer_norm.forward(&words.broadcast_add(&positions.broadcast_add(&types)?)?)
+    }
+}
+
+/// `dense` of the inner result plus the stream, normalised: how both halves of a layer end.
+struct Output {
+    dense: Linear,
+    layer_norm: LayerNorm,
+}
+
+impl Output {
+    fn load(cfg: &BertConfig, in_dim: usize, vb: VarBuilder) -> Result<Self> {
+        Ok(Self {
+            dense: Linear::load(in_dim, cfg.hidden_size, true, vb.pp("dense"))?,
+            layer_norm: cfg.layer_norm(vb)?,
+        })
+    }
+
+    fn forward(&self, inner: &Tensor, x: &Tensor) -> Result<Tensor> {
+        self.layer_norm.forward(&self.dense.forward_add(inner, x)?)
+    }
+}
+
+struct SelfAttention {
+    qkv: Linear, // query, key and value, one product
+    attention: Attention,
+    hidden: usize,
+}
+
+impl SelfAttention {
+    fn load(cfg: &BertConfig, vb: VarBuilder) -> Result<Self> {
+        let (hidden, heads) = (cfg.hidden_size, cfg.num_attention_heads);
+        let parts = [("query", hidden), ("key", hidden), ("value", hidden)];
+        let attention =
+            Attention { heads, kv_heads: heads, head_dim: hidden / heads, scale: None, pattern: Pattern::Full };
+        Ok(Self { qkv: Linear::load_fused(hidden, &parts, true, vb)?, attention, hidden })
+    }
+
+    /// `x` and the result are (batch, seq, hidden).
+    fn forward(&self, x: &Tensor, mask: Option<&Mask>) -> Result<Tensor> {
+        let qkv = self.qkv.forward(x)?; // (batch, seq, 3 * hidden)
+        let part = |i: usize| qkv.narrow(2, i * self.hidden, self.hidden);
+        self.attention.forward(&part(0)?, &part(1)?, &part(2)?, mask)
+    }
+}
+
+struct Layer {
+    self_attention: SelfAttention,
+    attention_output: Output,
+    intermediate: Linear,
+    hidden_act: Activation,
+    output: Output,
+}
+
+impl Layer {
+    fn load(cfg: &BertConfig, vb: VarBuilder) -> Result<Self> {
+        Ok(Self {
+            self_attention: SelfAttention::load(cfg, vb.pp("attention.self"))?,
+            attention_output: Output::load(cfg, cfg.hidden_size, vb.pp("attention.output"))?,
+            intermediate: Linear::load(cfg.hidden_size, cfg.intermediate_size, true, vb.pp("intermediate.dense"))?,
+            hidden_act: cfg.hidden_act,
+            output: Output::load(cfg, cfg.intermediate_size, vb.pp("output"))?,
+        })
+    }
+
+    /// `x` and the result are (batch, seq, hidden).
+    fn forward(&self, x: &Tensor, mask: Option<&Mask>) -> Result<Tensor> {
+        let x = self.attention_output.forward(&self.self_attention.forward(x, mask)?, x)?;
+        let inner = self.intermediate.forward_act(&x, self.hidden_act)?; // (batch, seq, intermediate)
+        self.output.forward(&inner, &x)
+    }
+}
+
+/// What follows the encoder.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum HeadKind {
+    /// Of `BertModel`.
+    Pooler,
+    /// Of `BertForMaskedLM`.
+    MaskedLm,
+    /// Of `BertForSequenceClassification`.
+    Classifier,
+}
+
+impl HeadKind {
+    pub(crate) fn of(spec: &ModelSpec) -> Result<Self, SessionError> {
+        match spec.class.as_str() {
+            "BertModel" => Ok(Self::Pooler),
+            "BertForMaskedLM" => Ok(Self::MaskedLm),
+            "BertForSequenceClassification" => Ok(Self::Classifier),
+            _ => Err(SessionError::UnsupportedClass {
+                family: spec.family.clone(),
+                class: spec.class.clone(),
+                supported: CLASSES.join(", "),
+            }),
+        }
+    }
+}
+
+/// The layers of a [`HeadKind`].
+enum Head {
+    /// The first token's state through a dense layer and tanh.
+    Pooler { dense: Linear },
+    /// Scores of every word at every position.
+    MaskedLm { dense: Linear, hidden_act: Activation, layer_norm: LayerNorm, decoder: Linear },
+    /// Scores of every class from the pooled state.
+    Classifier { dense: Linear, classifier: Linear },
+}
+
+impl Head {
+    /// `vb` is the checkpoint's root, `bert` the encoder's part of it, `words` the embeddings that a head may be tied to.
+    fn load(kind: HeadKind, cfg: &BertConfig, vb: VarBuilder, bert: VarBuilder, words: &Embedding) -> Result<Self> {
+        let hidden = cfg.hidden_size;
+        let square = |vb: VarBuilder| Linear::load(hidden, hidden, true, vb.pp("dense"));
+        Ok(match kind {
+            HeadKind::Pooler => Self::Pooler { dense: square(bert.pp("pooler"))? },
+            HeadKind::Classifier => Self::Classifier {
+                dense: square(bert.pp("pooler"))?,
+                classifier: Linear::load(hidden, cfg.labels(), true, vb.pp("classifier"))?,
+            },
+            HeadKind::MaskedLm => {
+                let vb = vb.pp("cls.predictions");
+                let bias = vb.get(cfg.vocab_size, "bias")?;
+                let decoder = if cfg.tie_word_embeddings {
+                    Linear::new(words.weight(), Some(&bias))?
+                } else {
+                    // such a checkpoint has `bias` as well, but the class adds the decoder's own
+                    Linear::load(hidden, cfg.vocab_size, true, vb.pp("decoder"))?
+                };
+                let vb = vb.pp("transform");
+                let (dense, layer_norm) = (square(vb.clone())?, cfg.layer_norm(vb)?);
+                Self::MaskedLm { dense, hidden_act: cfg.hidden_act, layer_norm, decoder }
+            }
+        })
+    }
+
+    /// Output fields of the class from the encoder's result (batch, seq, hidden).
+    fn forward(&self, hidden: Tensor) -> Result<Tensors> {
+        let pool = |dense: &Linear| dense.forward_act(&hidden.narrow(1, 0, 1)?.squeeze(1)?, Activation::Tanh);
+        Ok(match self {
+            Self::Pooler { dense } => {
+                let pooled = pool(dense)?; // (batch, hidden)
+                Tensors::from([("last_hidden_state".into(), hidden), ("pooler_output".into(), pooled)])
+            }
+            Self::MaskedLm { dense, hidden_act, layer_norm, decoder } => {
+                let x = layer_norm.forward(&dense.forward_act(&hidden, *hidden_act)?)?;
+                Tensors::from([("logits".into(), decoder.forward(&x)?)]) // (batch, seq, vocab)
+            }
+            Self::Classifier { dense, classifier } => {
+                Tensors::from([("logits".into(), classifier.forward(&pool(dense)?)?)]) // (batch, labels)
+            }
+        })
+    }
+}
+
+/// The encoder with the head of its class.
+pub struct BertModel {
+    cfg: BertConfig,
+    embeddings: Embeddings,
+    layers: Vec<Layer>,
+    head: Head,
+    kind: HeadKind,
+    bytes_per_element: u64,
+    paths: BTreeMap<String, String>,
+}
+
+impl BertModel {
+    /// Loads the class of `spec` from a checkpoint's root.
+    ///
+    /// # Errors
+    /// Names the config field or the tensor at fault, or the class when it is none of [`CLASSES`].
+    pub fn load(spec: &ModelSpec, vb: VarBuilder) -> Result<Self, SessionError> {
+        let (kind, cfg) = (HeadKind::of(spec)?, BertConfig::from_spec(spec)?);
+        let bert = match kind {
+            HeadKind::Pooler => vb.clone(),
+            HeadKind::MaskedLm | HeadKind::Classifier => vb.pp("bert"),
+        };
+        let embeddings = Embeddings::load(&cfg, bert.pp("embeddings"))?;
+        let layer = |i: usize| Layer::load(&cfg, bert.pp(format!("encoder.layer.{i}")));
+        let layers = (0..cfg.num_hidden_layers).map(layer).collect::<Result<_>>()?;
+        let head = Head::load(kind, &cfg, vb, bert.clone(), &embeddings.word_embeddings)?;
+        let bytes_per_element = spec.dtype.size_in_bytes() as u64;
+        Ok(Self { cfg, embeddings, layers, head, kind, bytes_per_element, paths: paths(spec) })
+    }
+
+    fn forward(&self, ids: &TokenIds) -> Result<Tensors> {
+        let mask = ids.attention_mask.as_ref().map(Mask::padding).transpose()?.flatten();
+        let mut x = self.embeddings.forward(ids)?;
+        for layer in &self.layers {
+            x = layer.forward(&x, mask.as_ref())?;
+        }
+        self.head.forward(x)
+    }
+}
+
+/// The tensor arguments of `forward`, checked; those that the call leaves out are filled in as the class does.
+pub(crate) struct TokenIds {
+    /// (batch, seq)
+    pub(crate) input_ids: Tensor,
+    /// (batch, seq) of 0 and 1
+    pub(crate) attention_mask: Option<Tensor>,
+    /// (batch, seq), or (1, 1) when all tokens are of segment 0
+    pub(crate) token_type_ids: Tensor,
+    /// (batch, seq), or (1, seq) when they count from 0
+    pub(crate) position_ids: Tensor,
+}
+
+impl TokenIds {
+    pub(crate) fn read(cfg: &BertConfig, call: &Call) -> Result<Self, SessionError> {
+        let known = ["input_ids", "attention_mask", "token_type_ids", "position_ids"];
+        let inputs = Inputs::forward(call, &known)?;
+        let input_ids = inputs.matrix("input_ids")?;
+        in_range("input_ids", &input_ids, "vocab_size", cfg.vocab_size)?;
+
+        let (seq, limit) = (input_ids.dim(1)?, cfg.max_position_embeddings);
+        let position_ids = match inputs.matrix_like("position_ids", &input_ids)? {
+            Some(ids) => {
+                in_range("position_ids", &ids, "max_position_embeddings", limit)?;
+                ids
+            }
+            None if seq > limit => {
+                let reason =
+                    format!("a sequence of {seq} is longer than max_position_embeddings = {limit}; truncate it");
+                return Err(refuse("input_ids", reason));
+            }
+            None => Tensor::arange(0, seq as i64, input_ids.device())?.unsqueeze(0)?,
+        };
+        let token_type_ids = match inputs.matrix_like("token_type_ids", &input_ids)? {
+            Some(ids) => {
+                in_range("token_type_ids", &ids, "type_vocab_size", cfg.type_vocab_size)?;
+                ids
+            }
+            None => Tensor::zeros((1, 1), input_ids.dtype(), input_ids.device())?,
+        };
+        let attention_mask = inputs.matrix_like("attention_mask", &input_ids)?;
+        if let Some(mask) = &attention_mask {
+            zero_or_one("attention_mask", mask)?;
+        }
+        Ok(Self { input_ids, attention_mask, token_type_ids, position_ids })
+    }
+}
+
+impl Session for BertModel {
+    fn call(&mut self, call: &Call, observer: &mut dyn Observer) -> Result<Tensors, SessionError> {
+        let outputs = self.forward(&TokenIds::read(&self.cfg, call)?)?;
+        observer.end(Phase::Forward);
+        Ok(outputs)
+    }
+
+    fn cost(&self, call: &Call) -> Result<Vec<PhaseCost>, SessionError> {
+        let (batch, seq) = TokenIds::read(&self.cfg, call)?.input_ids.dims2()?;
+        let cost = forward_cost(&self.cfg, Some(self.kind), [batch, seq], self.bytes_per_element);
+        Ok(vec![PhaseCost { phase: Phase::Forward, repeats: 1, cost }])
+    }
+
+    fn paths(&self) -> BTreeMap<String, String> {
+        self.paths.clone()
+    }
+}
+
+/// FLOPs and bytes of one forward pass over (batch, seq) tokens, all of them attended to.
+pub(crate) fn forward_cost(cfg: &BertConfig, head: Option<HeadKind>, shape: [usize; 2], bytes: u64) -> Cost {
+    let [batch, seq] = shape.map(|size| size as u64);
+    let [hidden, inner, heads, vocab] =
+        [cfg.hidden_size, cfg.intermediate_size, cfg.num_attention_heads, cfg.vocab_size].map(|size| size as u64);
+    let tokens = batch * seq;
+    let linear = |rows, input, output| cost::linear(rows, input, output, true, bytes);
+    let norm = cost::norm(Norm::Layer, tokens, hidden, bytes);
+    let activation = |elements| cost::elementwise(elements, 1); // one, whichever it is
+    let residual = cost::elementwise(tokens * hidden, 1);
+    let visible_pairs = cost::full_pairs(seq, seq);
+    let attention = cost::Attention {
+        batch,
+        heads,
+        kv_heads: heads,
+        head_dim: hidden / heads,
+        queries: seq,
+        cached: 0,
+        visible_pairs,
+    };
+
+    // words, positions and segments looked up, two additions, the norm
+    let embeddings = cost::embedding(tokens, hidden, bytes) * 3 + residual * 2 + norm;
+    let layer = linear(tokens, hidden, 3 * hidden) // query, key and value
+        + attention.cost(bytes)
+        + linear(tokens, hidden, hidden) + residual + norm
+        + linear(tokens, hidden, inner) + activation(tokens * inner)
+        + linear(tokens, inner, hidden) + residual + norm;
+    let pooler = linear(batch, hidden, hidden) + activation(batch * hidden);
+    let head = match head {
+        None => Cost::default(),
+        Some(HeadKind::Pooler) => pooler,
+        Some(HeadKind::Classifier) => pooler + linear(batch, hidden, cfg.labels() as u64),
+        Some(HeadKind::MaskedLm) => {
+            linear(tokens, hidden, hidden) + activation(tokens * hidden) + norm + linear(tokens, hidden, vocab)
+        }
+    };
+    // the ids of words, positions and segments are a few bytes per token, and left out
+    embeddings + layer * cfg.num_hidden_layers as u64 + head
+}
+
+const fn rename(pattern: &'static str, replacement: &'static str, applies: AliasScope) -> AliasRule {
+    AliasRule { pattern, replacement: Some(replacement), applies }
+}
+
+const fn drop(pattern: &'static str, applies: AliasScope) -> AliasRule {
+    AliasRule { pattern, replacement: None, applies }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device};
+    use roofbench_core::session::Engine;
+    use serde_json::json;
+
+    use super::*;
+
+    fn spec(class: &str, changes: &[(&str, Value)]) -> ModelSpec {
+        let mut config = json!({
+            "vocab_size": 30522, "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
+            "intermediate_size": 3072, "max_position_embeddings": 512, "type_vocab_size": 2,
+        });
+        for (field, value) in changes {
+            config[*field] = value.clone();
+        }
+        ModelSpec {
+            family: "bert".into(),
+            class: class.into(),
+            config,
+            extra_configs: Default::default(),
+            dtype: DType::F32,
+            device: Device::Cpu,
+            engine: Engine::Roofbench,
+        }
+    }
+
+    fn message(field: &str, value: Value) -> String {
+        BertConfig::from_spec(&spec("BertModel", &[(field, value)])).err().map(|e| e.to_string()).unwrap_or_default()
+    }
+
+    #[test]
+    fn configs_that_would_give_another_result_are_refused_by_name() {
+        for (field, value, supported) in [
+            ("position_embedding_type", json!("relative_key"), "absolute"),
+            ("is_decoder", json!(true), "false"),
+            ("add_cross_attention", json!(true), "false"),
+            ("pruned_heads", json!({"1": [0]}), "{}"),
+        ] {
+            let expected =
+                format!("config.json: `{field}` = {value} is not supported for bert; supported: {supported}");
+            assert_eq!(message(field, value), expected);
+        }
+        assert_eq!(message("position_embedding_type", json!("absolute")), "");
+    }
+
+    #[test]
+    fn malformed_configs_name_the_field() {
+        assert!(message("hidden_size", Value::Null).starts_with("config.json: `hidden_size`: invalid type: null"));
+        assert!(message("num_attention_heads", json!(7)).contains("`hidden_size`: 768 is not a multiple of"));
+        assert!(message("num_hidden_layers", json!(0)).contains("`num_hidden_layers`: 0 is not in 1..="));
+        assert!(message("vocab_size", json!(u64::MAX)).contains("`vocab_size`: 18446744073709551615 is not in 1..="));
+        assert!(
+            message("layer_norm_eps", json!(-1e-5)).contains("`layer_norm_eps`: -0.00001 is not a number of 0 or more")
+        );
+        let error = message("hidden_act", json!("maxout"));
+        assert!(error.contains("`hidden_act`") && error.contains("maxout") && error.contains("gelu_new"), "{error}");
+        let mut without = spec("BertModel", &[]);
+        without.config.as_object_mut().unwrap().remove("intermediate_size");
+        let error = BertConfig::from_spec(&without).unwrap_err().to_string();
+        assert!(error.contains("missing field `intermediate_size`"), "{error}");
+    }
+
+    #[test]
+    fn labels_come_from_either_field() {
+        let labels = |changes: &[(&str, Value)]| {
+            BertConfig::from_spec(&spec("BertForSequenceClassification", changes)).unwrap().labels()
+        };
+        assert_eq!(labels(&[]), 2);
+        assert_eq!(labels(&[("num_labels", json!(3))]), 3);
+        assert_eq!(labels(&[("id2label", json!({"0": "a", "1": "b", "2": "c", "3": "d"}))]), 4);
+    }
+
+    #[test]
+    fn other_classes_are_refused() {
+        let error = HeadKind::of(&spec("BertForQuestionAnswering", &[])).unwrap_err().to_string();
+        assert!(error.contains("`BertForQuestionAnswering`") && error.contains("BertForMaskedLM"), "{error}");
+    }
+
+    /// One layer, hidden 4 in 2 heads, intermediate 6, vocabulary 10; a batch of 2 with 3 tokens each: 6 tokens.
+    #[test]
+    fn cost_by_hand() {
+        let sizes = [
+            ("vocab_size", 10),
+            ("hidden_size", 4),
+            ("num_hidden_layers", 1),
+            ("num_attention_heads", 2),
+            ("intermediate_size", 6),
+        ];
+        let cfg = BertConfig::from_spec(&spec("BertModel", &sizes.map(|(field, size)| (field, json!(size))))).unwrap();
+        let encoder = forward_cost(&cfg, None, [2, 3], 4);
+        let flops = 2 * 24 + 7 * 24 // embeddings: two additions and the norm over 6 * 4 elements
+            + 2 * 6 * 4 * 12 + 6 * 12 // query, key, value
+            + 2 * 2 * (2 * 2 * 9 * 2) + 5 * 2 * 2 * 9 // two products of width 2 and softmax: 2 items, 2 heads, 9 pairs
+            + 2 * 6 * 4 * 4 + 6 * 4 + 24 + 7 * 24 // output, residual, norm
+            + 2 * 6 * 4 * 6 + 6 * 6 + 36 // intermediate and its activation
+            + 2 * 6 * 6 * 4 + 6 * 4 + 24 + 7 * 24; // output, residual, norm
+        assert_eq!(encoder.flops, flops);
+        let weights = 3 * 24 + 8 + (4 + 1) * 12 + (4 + 1) * 4 + 8 + (4 + 1) * 6 + (6 + 1) * 4 + 8;
+        assert_eq!(encoder.weight_bytes, 4 * weights);
+        // what each operation writes: 3 lookups and a norm; qkv, context, output and norm; intermediate, output and norm
+        assert_eq!(encoder.activation_bytes, 4 * 6 * (4 * 4 + (12 + 4 + 4 + 4) + (6 + 4 + 4)));
+        assert_eq!(encoder.kv_bytes, 0);
+
+        let of = |head| forward_cost(&cfg, Some(head), [2, 3], 4);
+        assert_eq!(of(HeadKind::Pooler).flops - flops, 2 * 2 * 16 + 8 + 8); // 2 rows
+        assert_eq!(of(HeadKind::Classifier).flops - of(HeadKind::Pooler).flops, 2 * 2 * 4 * 2 + 2 * 2);
+        let head = 2 * 6 * 16 + 24 + 24 + 7 * 24 + 2 * 6 * 4 * 10 + 6 * 10; // dense, activation, norm, decoder
+        assert_eq!(of(HeadKind::MaskedLm).flops - flops, head);
+    }
+
+    /// Published for `BertModel` at BERT-base size and 128 tokens: 22.36 GFLOPs (calflops, README, module hooks), and
+    /// 22.5 (TinyBERT, arXiv:1909.10351, table 1, TensorFlow's profiler). The products alone are
+    /// 12 layers · (24·128·768² + 4·128²·768) + the pooler's 2·768² = 22.35 G; counters differ in the rest.
+    #[test]
+    fn cost_of_bert_base_matches_published_counts() {
+        let cfg = BertConfig::from_spec(&spec("BertModel", &[])).unwrap();
+        let flops = |head| forward_cost(&cfg, Some(head), [1, 128], 4).flops as f64;
+        let encoder = flops(HeadKind::Pooler);
+        assert!((encoder / 22.36e9 - 1.0).abs() < 0.003, "{encoder:e}");
+        assert!((encoder / 22.5e9 - 1.0).abs() < 0.006, "{encoder:e}");
+        // the masked-LM head adds 2·128·(768² + 768·30522) and takes the pooler away
+        let head = flops(HeadKind::MaskedLm) - encoder;
+        assert!((head / (2. * 128. * (768. * 768. + 768. * 30522.)) - 1.0).abs() < 0.002, "{head:e}");
+    }
+
+    #[test]
+    fn alias_rules_depend_on_class_and_tying() {
+        let patterns = |spec: ModelSpec| aliases(&spec).iter().map(|rule| rule.pattern).collect::<Vec<_>>();
+        let tied = patterns(spec("BertForMaskedLM", &[]));
+        let untied = patterns(spec("BertForMaskedLM", &[("tie_word_embeddings", json!(false))]));
+        let classifier = patterns(spec("BertForSequenceClassification", &[]));
+        assert!(tied.iter().any(|pattern| pattern.contains("decoder")));
+        assert!(!untied.iter().any(|pattern| pattern.contains("decoder")));
+        assert!(untied[0].ends_with(r"pooler\."));
+        assert!(!classifier.iter().any(|pattern| pattern.ends_with(r"?pooler\.")));
+    }
+}

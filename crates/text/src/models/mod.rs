@@ -1,0 +1,4 @@
+//! One file per family, and the stock models of `candle-transformers` beside ours.
+
+pub mod bert;
+pub(crate) mod upstream;

@@ -1,0 +1,97 @@
+//! What people do with a text model's tensors: sentence embeddings and how alike they are.
+
+use candle_core::{D, DType, Tensor};
+use roofbench_core::session::{Call, Session, SessionError, Tensors, Unobserved};
+
+use crate::session::refuse;
+
+/// Embeds tokenised texts as sentence-transformers does: mean over tokens, then unit length (Reimers and Gurevych,
+/// arXiv:1908.10084).
+///
+/// `session` is an encoder whose `forward` gives `last_hidden_state`; `inputs` come from
+/// [`Tokenizer::encode`](crate::tokenize::Tokenizer::encode), and the mean is over all tokens where they hold no
+/// `attention_mask`.
+///
+/// # Shapes
+/// (batch, hidden), f32.
+///
+/// # Errors
+/// The model's own; names `last_hidden_state` when the class has no such output.
+pub fn embed(session: &mut dyn Session, inputs: Tensors) -> Result<Tensor, SessionError> {
+    let mask = inputs.get("attention_mask").cloned();
+    let call = Call { method: "forward".into(), inputs, ..Default::default() };
+    let outputs = session.call(&call, &mut Unobserved)?;
+    let hidden = outputs.get("last_hidden_state").ok_or_else(|| {
+        refuse("last_hidden_state", "is no output of this class, and its mean is wanted; load a base class (BertModel)")
+    })?;
+    let hidden = hidden.to_dtype(DType::F32)?; // (batch, seq, hidden)
+    let pooled = match mask {
+        Some(mask) => mean_pool(&hidden, &mask)?,
+        None => hidden.mean(1)?,
+    };
+    Ok(normalize(&pooled)?)
+}
+
+/// Mean of `hidden` over the tokens that `mask` keeps; zeros where it keeps none.
+///
+/// # Shapes
+/// `hidden` (batch, seq, width), `mask` (batch, seq) of 0 and 1; (batch, width).
+///
+/// # Errors
+/// Other shapes.
+///
+/// ```
+/// use roofbench_text::{candle_core::{Device, Tensor}, tasks::mean_pool};
+/// let hidden = Tensor::new(&[[[1f32, 2.], [3., 6.], [9., 9.]]], &Device::Cpu)?;
+/// let mask = Tensor::new(&[[1i64, 1, 0]], &Device::Cpu)?;
+/// assert_eq!(mean_pool(&hidden, &mask)?.to_vec2::<f32>()?, [[2., 4.]]);
+/// # Ok::<_, roofbench_text::candle_core::Error>(())
+/// ```
+pub fn mean_pool(hidden: &Tensor, mask: &Tensor) -> candle_core::Result<Tensor> {
+    let mask = mask.to_dtype(hidden.dtype())?; // (batch, seq)
+    let sum = mask.unsqueeze(1)?.matmul(hidden)?.squeeze(1)?; // (batch, width)
+    let count = mask.sum_keepdim(1)?.maximum(1e-9)?; // (batch, 1)
+    sum.broadcast_div(&count)
+}
+
+/// Rows of `x` (n, width) at unit Euclidean length; a row of zeros stays.
+///
+/// # Errors
+/// From candle.
+pub fn normalize(x: &Tensor) -> candle_core::Result<Tensor> {
+    let length = x.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?.maximum(1e-12)?;
+    x.broadcast_div(&length)
+}
+
+/// Cosine of the angle between every two rows of `x` (n, width): (n, n), in [-1, 1].
+///
+/// # Errors
+/// From candle.
+///
+/// ```
+/// use roofbench_text::{candle_core::{Device, Tensor}, tasks::cosine_similarities};
+/// let x = Tensor::new(&[[3f32, 0.], [3., 4.]], &Device::Cpu)?;
+/// assert_eq!(cosine_similarities(&x)?.to_vec2::<f32>()?, [[1., 0.6], [0.6, 1.]]);
+/// # Ok::<_, roofbench_text::candle_core::Error>(())
+/// ```
+pub fn cosine_similarities(x: &Tensor) -> candle_core::Result<Tensor> {
+    let x = normalize(x)?;
+    x.matmul(&x.t()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn nothing_divides_by_zero() -> candle_core::Result<()> {
+        let hidden = Tensor::ones((1, 2, 3), DType::F32, &Device::Cpu)?;
+        let nothing = Tensor::zeros((1, 2), DType::I64, &Device::Cpu)?;
+        let pooled = mean_pool(&hidden, &nothing)?;
+        assert_eq!(pooled.to_vec2::<f32>()?, [[0.; 3]]);
+        assert_eq!(normalize(&pooled)?.to_vec2::<f32>()?, [[0.; 3]]);
+        Ok(())
+    }
+}

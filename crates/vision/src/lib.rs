@@ -1,0 +1,126 @@
+//! Vision model families of roofbench: pictures in, labels and features out.
+//!
+//! This crate deliberately does not know how a measurement is made, where a report goes, or any text: it prepares
+//! pictures as a checkpoint's own config says ([`preprocess`]), builds the model that config.json describes and puts it
+//! behind [`Session`](roofbench_core::session::Session).
+//!
+//! A ViT of a few hundred weights, made up from a seed, looks at a picture:
+//!
+//! ```
+//! use candle_core::{DType, Device};
+//! use roofbench_core::session::{Call, Engine, ModelSpec, Unobserved};
+//! use roofbench_core::weights::{HubOptions, Source, Weights};
+//! use roofbench_vision::{aliases, classify, load, preprocess::ImageProcessor};
+//! use serde_json::json;
+//!
+//! let spec = ModelSpec {
+//!     family: "vit".into(),
+//!     class: "ViTForImageClassification".into(),
+//!     config: json!({
+//!         "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16,
+//!         "image_size": 16, "patch_size": 8, "id2label": {"0": "dark", "1": "light", "2": "striped"},
+//!     }),
+//!     extra_configs: Default::default(),
+//!     dtype: DType::F32,
+//!     device: Device::Cpu,
+//!     engine: Engine::Roofbench,
+//! };
+//! let source = Source::Synthetic { seed: 0 };
+//! let weights = Weights::open(&source, aliases("vit"), &spec.class, &HubOptions::from_env())?;
+//! let mut session = load(&spec, &weights)?;
+//!
+//! let picture = image::RgbImage::from_fn(40, 30, |x, y| image::Rgb([x as u8 * 6, y as u8 * 8, 128]));
+//! let pixel_values = ImageProcessor::from_config(&json!({"size": 16}), "vit")?.prepare(&picture)?.unsqueeze(0)?;
+//! let call = Call {
+//!     method: "forward".into(),
+//!     inputs: [("pixel_values".into(), pixel_values)].into(),
+//!     arguments: Default::default(),
+//! };
+//! let outputs = session.call(&call, &mut Unobserved)?;
+//! let best = classify::classify(&outputs["logits"], &classify::labels(&spec.config)?, 1)?;
+//! assert!(["dark", "light", "striped"].contains(&best[0][0].label.as_str()));
+//! assert!(best[0][0].probability > 1.0 / 3.0);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+use std::collections::BTreeMap;
+
+use roofbench_core::session::{Engine, ModelSpec, Processor, Session, SessionError};
+use roofbench_core::weights::{AliasRule, Weights};
+use serde_json::Value;
+
+pub mod classify;
+pub mod image_io;
+pub mod models;
+pub mod preprocess;
+pub mod resize;
+mod session;
+
+use models::{upstream, vit};
+
+/// The families of the catalog that this crate runs.
+pub const FAMILIES: &[&str] = &["vit"];
+
+/// The `transformers` classes of `family` that run; none for a family that is not one of [`FAMILIES`].
+pub fn classes(family: &str) -> &'static [&'static str] {
+    match family {
+        "vit" => vit::CLASSES,
+        _ => &[],
+    }
+}
+
+/// Rules from names in published checkpoints to those that the family's models ask for; none for another's family.
+pub fn aliases(family: &str) -> &'static [AliasRule] {
+    match family {
+        "vit" => vit::ALIASES,
+        _ => &[],
+    }
+}
+
+/// Builds the model of `spec` with `weights`, which were opened with [`aliases`] of the family.
+///
+/// # Errors
+/// Names the family, class, config field or tensor at fault, or why the engine has no such model.
+pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, SessionError> {
+    let vb = weights.var_builder(spec.dtype, &spec.device);
+    match (spec.family.as_str(), spec.engine) {
+        ("vit", Engine::Roofbench) => Ok(Box::new(vit::ViTModel::load(spec, vb)?)),
+        ("vit", Engine::CandleTransformers) => Ok(Box::new(upstream::StockViT::load(spec, vb)?)),
+        (family, _) => Err(unknown_family(family)),
+    }
+}
+
+/// The picture processor of a family; `configs` are the `*config.json` files of its repository by name, of which
+/// `preprocessor_config.json` is read.
+///
+/// # Errors
+/// Names the family, or the field of `preprocessor_config.json` at fault.
+pub fn processor(family: &str, configs: &BTreeMap<String, Value>) -> Result<Box<dyn Processor>, SessionError> {
+    if !FAMILIES.contains(&family) {
+        return Err(unknown_family(family));
+    }
+    let Some(config) = configs.get("preprocessor_config.json") else {
+        let reason = "the file is missing; the repository of a checkpoint has it beside config.json".to_owned();
+        return Err(SessionError::Preprocessor { field: ".".to_owned(), reason });
+    };
+    Ok(Box::new(preprocess::ImageProcessor::from_config(config, family)?))
+}
+
+fn unknown_family(family: &str) -> SessionError {
+    let reason = format!("is no vision family here; supported: {}", FAMILIES.join(", "));
+    SessionError::UnsupportedEngine { family: family.to_owned(), reason }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn other_families_are_refused_with_the_list() {
+        let error = processor("bert", &BTreeMap::new()).err().map(|error| error.to_string()).unwrap_or_default();
+        assert_eq!(error, format!("bert: is no vision family here; supported: {}", FAMILIES.join(", ")));
+        let error = processor("vit", &BTreeMap::new()).err().map(|error| error.to_string()).unwrap_or_default();
+        assert!(error.starts_with("preprocessor_config.json: `.`: the file is missing"), "{error}");
+        assert!(aliases("bert").is_empty() && FAMILIES.iter().all(|family| !aliases(family).is_empty()));
+    }
+}

@@ -1,0 +1,633 @@
+//! Vision Transformer: patches as tokens behind a class token, learned positions, pre-norm encoder with bidirectional
+//! attention.
+//! Source: ViT (arXiv:2010.11929). Mirrors `transformers.ViTModel` and `ViTForImageClassification`.
+
+use candle_core::{DType, Device, Result, Tensor};
+use candle_nn::VarBuilder;
+use roofbench_core::cost::{self, Cost, Norm, PhaseCost};
+use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Session, SessionError, Tensors};
+use roofbench_core::weights::{AliasRule, AliasScope};
+use roofbench_nn::activation::Activation;
+use roofbench_nn::attention::{Attention, Pattern};
+use roofbench_nn::linear::Linear;
+use roofbench_nn::norm::LayerNorm;
+use roofbench_nn::patch_embed::PatchEmbed;
+use roofbench_nn::resize;
+use serde::Deserialize;
+
+use super::{HeightWidth, activation_dtype};
+use crate::classify::label_count;
+use crate::session::{Inputs, SessionResult, refuse};
+
+/// The classes that run.
+pub const CLASSES: &[&str] = &["ViTModel", "ViTForImageClassification"];
+
+/// From names in published checkpoints to those of the class.
+pub(crate) const ALIASES: &[AliasRule] = &[
+    // a base model from a checkpoint with a head
+    AliasRule { pattern: r"^classifier\.", replacement: None, applies: AliasScope::Base },
+    AliasRule { pattern: r"^vit\.", replacement: Some(""), applies: AliasScope::Base },
+    // a class with a head from a checkpoint saved by the base model, whose pooler it does not use
+    AliasRule {
+        pattern: r"^(embeddings|encoder|layernorm|pooler)\.",
+        replacement: Some("vit.$1."),
+        applies: AliasScope::Head,
+    },
+    AliasRule { pattern: r"^vit\.pooler\.", replacement: None, applies: AliasScope::Head },
+];
+
+/// The part of `config.json` that shapes the computation; field names are the file's own.
+#[derive(Debug, Clone, Deserialize)]
+pub struct ViTConfig {
+    /// Width of the stream.
+    pub hidden_size: usize,
+    /// Layers.
+    pub num_hidden_layers: usize,
+    /// Attention heads; they divide `hidden_size`.
+    pub num_attention_heads: usize,
+    /// Width inside the feed-forward half.
+    pub intermediate_size: usize,
+    /// Size of the pictures that the positions were learned on.
+    pub image_size: HeightWidth,
+    /// Size of a patch; what remains beyond whole patches is left out.
+    pub patch_size: HeightWidth,
+    /// Colour channels.
+    #[serde(default = "defaults::num_channels")]
+    pub num_channels: usize,
+    /// The products of query, key and value have biases.
+    #[serde(default = "defaults::qkv_bias")]
+    pub qkv_bias: bool,
+    /// Activation of the feed-forward half.
+    #[serde(default = "defaults::hidden_act")]
+    pub hidden_act: Activation,
+    /// Added to the variance in every normalisation.
+    #[serde(default = "defaults::layer_norm_eps")]
+    pub layer_norm_eps: f64,
+    /// Activation of the pooler.
+    #[serde(default = "defaults::pooler_act")]
+    pub pooler_act: Activation,
+    /// Width of the pooler; `hidden_size` where absent.
+    pub pooler_output_size: Option<usize>,
+}
+
+/// What `transformers.ViTConfig` takes for fields that older files leave out.
+mod defaults {
+    use roofbench_nn::activation::Activation;
+
+    pub(super) fn num_channels() -> usize {
+        3
+    }
+    pub(super) fn qkv_bias() -> bool {
+        true
+    }
+    pub(super) fn hidden_act() -> Activation {
+        Activation::Gelu
+    }
+    pub(super) fn layer_norm_eps() -> f64 {
+        1e-12
+    }
+    pub(super) fn pooler_act() -> Activation {
+        Activation::Tanh
+    }
+}
+
+impl ViTConfig {
+    /// Reads and checks config.json.
+    ///
+    /// # Errors
+    /// Names the field that is missing or malformed, or contradicts another.
+    pub fn from_spec(spec: &ModelSpec) -> SessionResult<Self> {
+        let cfg: Self = spec.parse_config()?;
+        let invalid = |field: &str, reason: String| SessionError::Config { field: field.to_owned(), reason };
+        let sizes = [
+            ("hidden_size", cfg.hidden_size),
+            ("num_hidden_layers", cfg.num_hidden_layers),
+            ("num_attention_heads", cfg.num_attention_heads),
+            ("intermediate_size", cfg.intermediate_size),
+            ("image_size", cfg.image_size.height),
+            ("image_size", cfg.image_size.width),
+            ("patch_size", cfg.patch_size.height),
+            ("patch_size", cfg.patch_size.width),
+            ("num_channels", cfg.num_channels),
+            ("pooler_output_size", cfg.pooler_size()),
+        ];
+        // far beyond any model, and the product of three still fits 64 bits
+        const LARGEST: usize = 1 << 20;
+        if let Some((field, size)) = sizes.into_iter().find(|(_, size)| !(1..=LARGEST).contains(size)) {
+            return Err(invalid(field, format!("{size} is not in 1..={LARGEST}")));
+        }
+        if cfg.hidden_size % cfg.num_attention_heads != 0 {
+            let heads = cfg.num_attention_heads;
+            return Err(invalid(
+                "hidden_size",
+                format!("{} is not a multiple of num_attention_heads, {heads}", cfg.hidden_size),
+            ));
+        }
+        if cfg.patches(cfg.image_size).contains(&0) {
+            return Err(invalid("patch_size", "is larger than image_size".to_owned()));
+        }
+        Ok(cfg)
+    }
+
+    /// Rows and columns of whole patches in a picture of `size`.
+    fn patches(&self, size: HeightWidth) -> [usize; 2] {
+        [size.height / self.patch_size.height, size.width / self.patch_size.width]
+    }
+
+    fn pooler_size(&self) -> usize {
+        self.pooler_output_size.unwrap_or(self.hidden_size)
+    }
+
+    fn layer_norm(&self, vb: VarBuilder) -> Result<LayerNorm> {
+        LayerNorm::load(self.hidden_size, self.layer_norm_eps, vb)
+    }
+}
+
+struct Embeddings {
+    cls_token: Tensor,           // (1, 1, hidden)
+    position_embeddings: Tensor, // (1, 1 + patches, hidden), the class token's first
+    patch_embeddings: PatchEmbed,
+    /// Rows and columns of the patches that the positions were learned on.
+    learned: [usize; 2],
+}
+
+impl Embeddings {
+    fn load(cfg: &ViTConfig, vb: VarBuilder) -> Result<Self> {
+        let learned = cfg.patches(cfg.image_size);
+        let dtype = activation_dtype(vb.dtype(), vb.device());
+        let get = |rows: usize, name: &str| vb.get((1, rows, cfg.hidden_size), name)?.to_dtype(dtype);
+        let patch_size = (cfg.patch_size.height, cfg.patch_size.width);
+        let projection = vb.pp("patch_embeddings.projection");
+        Ok(Self {
+            cls_token: get(1, "cls_token")?,
+            position_embeddings: get(1 + learned[0] * learned[1], "position_embeddings")?,
+            patch_embeddings: PatchEmbed::load(cfg.num_channels, cfg.hidden_size, patch_size, true, projection)?,
+            learned,
+        })
+    }
+
+    /// (batch, channels, height, width) -> (batch, 1 + patches, hidden). `patches` are the rows and columns to
+    /// interpolate the positions to, when they are to be interpolated.
+    fn forward(&self, pixel_values: &Tensor, patches: Option<[usize; 2]>) -> Result<Tensor> {
+        let x = self.patch_embeddings.forward(pixel_values)?; // (batch, patches, hidden)
+        let (batch, _, hidden) = x.dims3()?;
+        let x = Tensor::cat(&[&self.cls_token.broadcast_as((batch, 1, hidden))?, &x], 1)?;
+        match patches {
+            Some(patches) => x.broadcast_add(&self.interpolated_positions(patches)?),
+            None => x.broadcast_add(&self.position_embeddings),
+        }
+    }
+
+    /// The learned positions stretched over other rows and columns; the class token keeps its own.
+    fn interpolated_positions(&self, [rows, columns]: [usize; 2]) -> Result<Tensor> {
+        let (_, positions, hidden) = self.position_embeddings.dims3()?;
+        let class = self.position_embeddings.narrow(1, 0, 1)?;
+        let grid = self.position_embeddings.narrow(1, 1, positions - 1)?;
+        let grid = grid.reshape((1, self.learned[0], self.learned[1], hidden))?.permute((0, 3, 1, 2))?.contiguous()?;
+        let grid = resize::bicubic(&grid, (rows, columns), false)?; // (1, hidden, rows, columns)
+        Tensor::cat(&[&class, &grid.flatten_from(2)?.transpose(1, 2)?], 1)
+    }
+}
+
+struct SelfAttention {
+    qkv: Linear, // query, key and value, one product
+    attention: Attention,
+    output: Linear,
+    hidden: usize,
+}
+
+impl SelfAttention {
+    fn load(cfg: &ViTConfig, vb: VarBuilder) -> Result<Self> {
+        let (hidden, heads) = (cfg.hidden_size, cfg.num_attention_heads);
+        let parts = [("query", hidden), ("key", hidden), ("value", hidden)];
+        Ok(Self {
+            qkv: Linear::load_fused(hidden, &parts, cfg.qkv_bias, vb.pp("attention"))?,
+            attention: Attention {
+                heads,
+                kv_heads: heads,
+                head_dim: hidden / heads,
+                scale: None,
+                pattern: Pattern::Full,
+            },
+            output: Linear::load(hidden, hidden, true, vb.pp("output.dense"))?,
+            hidden,
+        })
+    }
+
+    /// The normalised stream `x` attended to, plus `residual`; all are (batch, seq, hidden).
+    fn forward_add(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        let qkv = self.qkv.forward(x)?; // (batch, seq, 3 * hidden)
+        let part = |i: usize| qkv.narrow(2, i * self.hidden, self.hidden);
+        let x = self.attention.forward(&part(0)?, &part(1)?, &part(2)?, None)?; // (batch, seq, hidden)
+        self.output.forward_add(&x, residual)
+    }
+}
+
+struct Layer {
+    layernorm_before: LayerNorm,
+    attention: SelfAttention,
+    layernorm_after: LayerNorm,
+    intermediate: Linear,
+    hidden_act: Activation,
+    output: Linear,
+}
+
+impl Layer {
+    fn load(cfg: &ViTConfig, vb: VarBuilder) -> Result<Self> {
+        let (hidden, inner) = (cfg.hidden_size, cfg.intermediate_size);
+        Ok(Self {
+            layernorm_before: cfg.layer_norm(vb.pp("layernorm_before"))?,
+            attention: SelfAttention::load(cfg, vb.pp("attention"))?,
+            layernorm_after: cfg.layer_norm(vb.pp("layernorm_after"))?,
+            intermediate: Linear::load(hidden, inner, true, vb.pp("intermediate.dense"))?,
+            hidden_act: cfg.hidden_act,
+            output: Linear::load(inner, hidden, true, vb.pp("output.dense"))?,
+        })
+    }
+
+    /// `x` and the result are (batch, seq, hidden).
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let x = self.attention.forward_add(&self.layernorm_before.forward(x)?, x)?;
+        let inner = self.intermediate.forward_act(&self.layernorm_after.forward(&x)?, self.hidden_act)?;
+        self.output.forward_add(&inner, &x)
+    }
+}
+
+/// What follows the encoder.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum HeadKind {
+    /// Of `ViTModel`.
+    Pooler,
+    /// Of `ViTForImageClassification`, with its number of labels.
+    Classifier { labels: usize },
+}
+
+impl HeadKind {
+    pub(crate) fn of(spec: &ModelSpec) -> SessionResult<Self> {
+        match spec.class.as_str() {
+            "ViTModel" => Ok(Self::Pooler),
+            "ViTForImageClassification" => Ok(Self::Classifier { labels: label_count(&spec.config)? }),
+            _ => Err(SessionError::UnsupportedClass {
+                family: spec.family.clone(),
+                class: spec.class.clone(),
+                supported: CLASSES.join(", "),
+            }),
+        }
+    }
+}
+
+/// The layers of a [`HeadKind`].
+enum Head {
+    Pooler { dense: Linear, pooler_act: Activation },
+    Classifier { classifier: Linear },
+}
+
+impl Head {
+    /// `vb` is the checkpoint's root.
+    fn load(kind: HeadKind, cfg: &ViTConfig, vb: VarBuilder) -> Result<Self> {
+        let load = |out_dim: usize, name: &str| Linear::load(cfg.hidden_size, out_dim, true, vb.pp(name));
+        Ok(match kind {
+            HeadKind::Pooler => {
+                Self::Pooler { dense: load(cfg.pooler_size(), "pooler.dense")?, pooler_act: cfg.pooler_act }
+            }
+            HeadKind::Classifier { labels } => Self::Classifier { classifier: load(labels, "classifier")? },
+        })
+    }
+
+    /// Output fields of the class from the last layer's result (batch, seq, hidden), not normalised yet.
+    fn forward(&self, x: &Tensor, layernorm: &LayerNorm) -> Result<Tensors> {
+        let class_token = |x: &Tensor| x.narrow(1, 0, 1)?.squeeze(1)?.contiguous(); // (batch, hidden)
+        Ok(match self {
+            Self::Pooler { dense, pooler_act } => {
+                let x = layernorm.forward(x)?;
+                let pooled = dense.forward_act(&class_token(&x)?, *pooler_act)?;
+                Tensors::from([("last_hidden_state".into(), x), ("pooler_output".into(), pooled)])
+            }
+            Self::Classifier { classifier } => {
+                let logits = classifier.forward(&layernorm.forward(&class_token(x)?)?)?; // (batch, labels)
+                Tensors::from([("logits".into(), logits)])
+            }
+        })
+    }
+}
+
+/// The encoder with the head of its class.
+pub struct ViTModel {
+    cfg: ViTConfig,
+    embeddings: Embeddings,
+    layers: Vec<Layer>,
+    layernorm: LayerNorm,
+    head: Head,
+    kind: HeadKind,
+    dtype: DType,
+    device: Device,
+}
+
+impl ViTModel {
+    /// Loads the class of `spec` from a checkpoint's root.
+    ///
+    /// # Errors
+    /// Names the config field or the tensor at fault, or the class when it is none of [`CLASSES`].
+    pub fn load(spec: &ModelSpec, vb: VarBuilder) -> SessionResult<Self> {
+        let (kind, cfg) = (HeadKind::of(spec)?, ViTConfig::from_spec(spec)?);
+        let vit = match kind {
+            HeadKind::Pooler => vb.clone(),
+            HeadKind::Classifier { .. } => vb.pp("vit"),
+        };
+        let layer = |i: usize| Layer::load(&cfg, vit.pp(format!("encoder.layer.{i}")));
+        Ok(Self {
+            embeddings: Embeddings::load(&cfg, vit.pp("embeddings"))?,
+            layers: (0..cfg.num_hidden_layers).map(layer).collect::<Result<_>>()?,
+            layernorm: cfg.layer_norm(vit.pp("layernorm"))?,
+            head: Head::load(kind, &cfg, vb)?,
+            kind,
+            dtype: spec.dtype,
+            device: spec.device.clone(),
+            cfg,
+        })
+    }
+
+    fn forward(&self, pixels: &Pixels) -> Result<Tensors> {
+        let dtype = activation_dtype(self.dtype, &self.device);
+        let pixel_values = pixels.values.to_device(&self.device)?.to_dtype(dtype)?;
+        let mut x = self.embeddings.forward(&pixel_values, pixels.interpolated)?;
+        for layer in &self.layers {
+            x = layer.forward(&x)?;
+        }
+        self.head.forward(&x, &self.layernorm)
+    }
+}
+
+/// The arguments of `forward`, checked.
+pub(crate) struct Pixels<'a> {
+    /// (batch, channels, height, width)
+    pub(crate) values: &'a Tensor,
+    pub(crate) size: HeightWidth,
+    /// Rows and columns of patches to interpolate the positions to, when that is asked for and needed.
+    interpolated: Option<[usize; 2]>,
+}
+
+impl<'a> Pixels<'a> {
+    pub(crate) fn read(cfg: &ViTConfig, call: &'a Call) -> SessionResult<Self> {
+        let inputs = Inputs::forward(call, &["pixel_values"], &["interpolate_pos_encoding"])?;
+        let values = inputs.pixel_values(cfg.num_channels)?;
+        let (_, _, height, width) = values.dims4()?;
+        let (size, patches) = (HeightWidth { height, width }, cfg.patches(HeightWidth { height, width }));
+        let learned = cfg.patches(cfg.image_size);
+        if !inputs.flag("interpolate_pos_encoding")? {
+            if size != cfg.image_size {
+                let expected = cfg.image_size;
+                return Err(refuse(
+                    "pixel_values",
+                    format!(
+                        "is {height} x {width} pixels, image_size is {} x {}; \
+                         resize the pictures, or set interpolate_pos_encoding to true",
+                        expected.height, expected.width
+                    ),
+                ));
+            }
+            return Ok(Self { values, size, interpolated: None });
+        }
+        if patches.contains(&0) {
+            return Err(refuse("pixel_values", format!("{height} x {width} pixels are smaller than a patch")));
+        }
+        if learned[0] != learned[1] {
+            // the class takes the square root of their number for rows and columns
+            let reason = format!("needs a square of learned positions; image_size gives {learned:?}");
+            return Err(refuse("interpolate_pos_encoding", reason));
+        }
+        // as the class decides; where it interpolates to the same rows and columns nothing changes
+        Ok(Self { values, size, interpolated: Some(patches).filter(|patches| *patches != learned) })
+    }
+}
+
+impl Session for ViTModel {
+    fn call(&mut self, call: &Call, observer: &mut dyn Observer) -> SessionResult<Tensors> {
+        let outputs = self.forward(&Pixels::read(&self.cfg, call)?)?;
+        observer.end(Phase::Forward);
+        Ok(outputs)
+    }
+
+    fn cost(&self, call: &Call) -> SessionResult<Vec<PhaseCost>> {
+        forward_cost(&self.cfg, self.kind, &Pixels::read(&self.cfg, call)?, self.dtype)
+    }
+}
+
+/// FLOPs and bytes of one forward pass.
+pub(crate) fn forward_cost(
+    cfg: &ViTConfig,
+    kind: HeadKind,
+    pixels: &Pixels,
+    dtype: DType,
+) -> SessionResult<Vec<PhaseCost>> {
+    let bytes = dtype.size_in_bytes() as u64;
+    let [batch, channels, hidden, inner, heads] =
+        [pixels.values.dim(0)?, cfg.num_channels, cfg.hidden_size, cfg.intermediate_size, cfg.num_attention_heads]
+            .map(|size| size as u64);
+    let grid = cfg.patches(pixels.size).map(|n| n as u64);
+    let learned = cfg.patches(cfg.image_size).map(|n| n as u64);
+    let seq = 1 + grid[0] * grid[1];
+    let tokens = batch * seq;
+
+    let linear = |rows, input, output| cost::linear(rows, input, output, true, bytes);
+    let norm = |rows| cost::norm(Norm::Layer, rows, hidden, bytes);
+    let activation = |elements| cost::elementwise(elements, 1); // one, whichever it is
+    let residual = cost::elementwise(tokens * hidden, 1);
+
+    let kernel = [cfg.patch_size.height, cfg.patch_size.width].map(|n| n as u64);
+    let patches = cost::Conv2d {
+        batch,
+        in_channels: channels,
+        out_channels: hidden,
+        kernel,
+        groups: 1,
+        output: grid,
+        bias: true,
+    };
+    let size = pixels.size;
+    let embeddings = cost::input(batch * channels * (size.height * size.width) as u64, bytes)
+        + patches.cost(bytes)
+        // the class token and every learned position, once; a row of the sequence per item for the token
+        + Cost { weight_bytes: (2 + learned[0] * learned[1]) * hidden * bytes, ..Cost::default() }
+        + Cost { activation_bytes: batch * hidden * bytes, ..Cost::default() }
+        + residual // positions added
+        // bicubic: a multiply-add for each of 16 neighbours
+        + pixels.interpolated.map_or(Cost::default(), |_| cost::elementwise(grid[0] * grid[1] * hidden, 2 * 16));
+    let attention = cost::Attention {
+        batch,
+        heads,
+        kv_heads: heads,
+        head_dim: hidden / heads,
+        queries: seq,
+        cached: 0,
+        visible_pairs: cost::full_pairs(seq, seq),
+    };
+    let layer = norm(tokens)
+        + cost::linear(tokens, hidden, 3 * hidden, cfg.qkv_bias, bytes) // query, key and value
+        + attention.cost(bytes)
+        + linear(tokens, hidden, hidden) + residual
+        + norm(tokens)
+        + linear(tokens, hidden, inner) + activation(tokens * inner)
+        + linear(tokens, inner, hidden) + residual;
+    let head = match kind {
+        HeadKind::Pooler => {
+            let pooled = cfg.pooler_size() as u64;
+            norm(tokens) + linear(batch, hidden, pooled) + activation(batch * pooled)
+        }
+        // the class token alone
+        HeadKind::Classifier { labels } => norm(batch) + linear(batch, hidden, labels as u64),
+    };
+    let cost = embeddings + layer * cfg.num_hidden_layers as u64 + head;
+    Ok(vec![PhaseCost { phase: Phase::Forward, repeats: 1, cost }])
+}
+
+#[cfg(test)]
+mod tests {
+    use roofbench_core::session::{Engine, Unobserved};
+    use roofbench_core::weights::{HubOptions, Source, Weights, synthetic};
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn spec(class: &str, changes: Value) -> ModelSpec {
+        let mut config = json!({
+            "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 6,
+            "image_size": 4, "patch_size": 2, "num_channels": 1, "num_labels": 3,
+        });
+        for (field, value) in changes.as_object().expect("an object") {
+            config[field] = value.clone();
+        }
+        ModelSpec {
+            family: "vit".into(),
+            class: class.into(),
+            config,
+            extra_configs: Default::default(),
+            dtype: DType::F32,
+            device: Device::Cpu,
+            engine: Engine::Roofbench,
+        }
+    }
+
+    fn call(shape: [usize; 4], interpolate: bool) -> Call {
+        let pixel_values =
+            synthetic::tensor("input:pixel_values", &shape, 0, DType::F32, &Device::Cpu).expect("values");
+        let arguments = if interpolate {
+            [("interpolate_pos_encoding".into(), json!(true))].into_iter().collect()
+        } else {
+            Default::default()
+        };
+        Call { method: "forward".into(), inputs: [("pixel_values".into(), pixel_values)].into(), arguments }
+    }
+
+    fn cost_of(class: &str, changes: Value, call: &Call) -> Cost {
+        let spec = spec(class, changes);
+        let cfg = ViTConfig::from_spec(&spec).expect("a config");
+        let pixels = Pixels::read(&cfg, call).expect("pixels");
+        forward_cost(&cfg, HeadKind::of(&spec).expect("a class"), &pixels, spec.dtype).expect("a cost")[0].cost
+    }
+
+    #[test]
+    fn cost_of_a_tiny_case_by_hand() {
+        // 4 patches and the class token: 5 tokens of width 4, inner width 6, 2 heads of 2, 3 labels
+        let patches = 2 * (4 * 4) * 4 + 4 * 4; // 16 outputs of 4 weights each, biases
+        let positions = 5 * 4;
+        let layer = 7 * 5 * 4 // norm
+            + 2 * 5 * 4 * 12 + 5 * 12 // query, key, value
+            + 2 * (2 * 25) * 2 * 2 + 5 * (2 * 25) // two products over 25 pairs of 2 heads, softmax
+            + 2 * 5 * 4 * 4 + 5 * 4 + 5 * 4 // output, residual
+            + 7 * 5 * 4 // norm
+            + 2 * 5 * 4 * 6 + 5 * 6 + 5 * 6 // up, activation
+            + 2 * 5 * 6 * 4 + 5 * 4 + 5 * 4; // down, residual
+        let head = 7 * 4 + 2 * 4 * 3 + 3;
+        let weights = (4 * 4 + 4) // patches
+            + 4 + 5 * 4 // class token, positions
+            + (8 + (4 * 12 + 12) + (4 * 4 + 4) + 8 + (4 * 6 + 6) + (6 * 4 + 4)) // layer
+            + 8 + (4 * 3 + 3);
+        let activations = 16 + 4 * 4 + 4 // pixels, patches, class token
+            + 5 * (4 + 12 + 4 + 4 + 4 + 6 + 4) // norm, qkv, attention, output, norm, up, down
+            + 4 + 3;
+        let expected = Cost {
+            flops: patches + positions + layer + head,
+            weight_bytes: 4 * weights,
+            activation_bytes: 4 * activations,
+            kv_bytes: 0,
+        };
+        assert_eq!((expected.flops, expected.weight_bytes, expected.activation_bytes), (2469, 884, 932));
+        assert_eq!(cost_of("ViTForImageClassification", json!({}), &call([1, 1, 4, 4], false)), expected);
+    }
+
+    #[test]
+    fn cost_of_vit_base_is_the_published_one() {
+        let base = json!({
+            "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
+            "image_size": 224, "patch_size": 16, "num_channels": 3, "num_labels": 1000,
+        });
+        let cost = cost_of("ViTForImageClassification", base.clone(), &call([1, 3, 224, 224], false));
+        // torchvision's documentation of vit_b_16: 17.56 billion multiply-adds, which leaves out norms, softmax and GELU
+        let published = 2.0 * 17.564e9;
+        let ratio = cost.flops as f64 / published;
+        assert!((1.0..1.01).contains(&ratio), "{} FLOP, {ratio} of the published count", cost.flops);
+        // and 86 567 656 parameters, each read once
+        assert_eq!(cost.weight_bytes, 4 * 86_567_656);
+        let eight = cost_of("ViTForImageClassification", base, &call([8, 3, 224, 224], false));
+        assert_eq!((eight.flops, eight.weight_bytes), (8 * cost.flops, cost.weight_bytes));
+    }
+
+    #[test]
+    fn malformed_configs_name_the_field() {
+        let message = |changes: Value| {
+            ViTConfig::from_spec(&spec("ViTModel", changes)).err().map(|e| e.to_string()).unwrap_or_default()
+        };
+        assert_eq!(message(json!({})), "");
+        for (changes, start) in [
+            (json!({"hidden_size": null}), "config.json: `hidden_size`: "),
+            (json!({"hidden_size": 5}), "config.json: `hidden_size`: 5 is not a multiple of num_attention_heads, 2"),
+            (json!({"num_attention_heads": 0}), "config.json: `num_attention_heads`: 0 is not in"),
+            (json!({"image_size": [4, 4, 4]}), "config.json: `image_size`: expected a number or [height, width]"),
+            (json!({"patch_size": [2, 5]}), "config.json: `patch_size`: is larger than image_size"),
+            (json!({"hidden_act": "maxout"}), "config.json: `hidden_act`: activation `maxout` is not supported"),
+        ] {
+            let found = message(changes);
+            assert!(found.starts_with(start), "{found}");
+        }
+    }
+
+    #[test]
+    fn pictures_that_do_not_fit_are_refused() {
+        let message = |changes: Value, call: &Call| {
+            let cfg = ViTConfig::from_spec(&spec("ViTModel", changes)).expect("a config");
+            Pixels::read(&cfg, call).err().map(|e| e.to_string()).unwrap_or_default()
+        };
+        let size = message(json!({}), &call([1, 1, 6, 4], false));
+        assert!(size.starts_with("input `pixel_values`: is 6 x 4 pixels, image_size is 4 x 4"), "{size}");
+        assert_eq!(message(json!({}), &call([1, 1, 6, 4], true)), "");
+        assert!(message(json!({}), &call([1, 1, 1, 4], true)).contains("smaller than a patch"));
+        let oblong = message(json!({"image_size": [4, 6]}), &call([1, 1, 6, 4], true));
+        assert!(oblong.starts_with("input `interpolate_pos_encoding`: needs a square"), "{oblong}");
+        let class = HeadKind::of(&spec("ViTForMaskedImageModeling", json!({}))).err().map(|e| e.to_string());
+        assert_eq!(
+            class.unwrap_or_default(),
+            "vit: class `ViTForMaskedImageModeling` is not supported; supported: ViTModel, ViTForImageClassification"
+        );
+    }
+
+    #[test]
+    fn a_batch_equals_its_items_alone() -> SessionResult<()> {
+        let spec = spec("ViTModel", json!({"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}));
+        let weights = Weights::open(&Source::Synthetic { seed: 0 }, ALIASES, &spec.class, &HubOptions::from_env())?;
+        let mut model = ViTModel::load(&spec, weights.var_builder(spec.dtype, &spec.device))?;
+        let batch = call([3, 1, 6, 4], true);
+        let together = model.call(&batch, &mut Unobserved)?;
+        for item in 0..3 {
+            let mut one = batch.clone();
+            let alone = batch.inputs["pixel_values"].narrow(0, item, 1)?;
+            one.inputs.insert("pixel_values".into(), alone);
+            for (name, alone) in model.call(&one, &mut Unobserved)? {
+                let difference = (together[&name].narrow(0, item, 1)? - alone)?.abs()?.flatten_all()?.max(0)?;
+                // sums may be split differently; values are of order 1
+                assert!(difference.to_scalar::<f32>()? < 1e-5, "{name} of item {item}: {difference}");
+            }
+        }
+        Ok(())
+    }
+}
