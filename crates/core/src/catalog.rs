@@ -1,7 +1,7 @@
 //! The 36 families as data: which `model_type`s they cover, their checkpoints and their standard cells.
 //!
-//! The data lies in `catalog/` beside `src/`, compiled in: `families.json` (model types), `workloads.json` and, for every
-//! checkpoint, its published `config.json` with `about.json` (class, parameter count, licence).
+//! The data lies in `catalog/` beside `src/` and is compiled in: `families.json` (model types), `workloads.json`
+//! and, for every checkpoint, its published `config.json` with `about.json` (class, parameter count, licence).
 
 use std::collections::BTreeMap;
 use std::sync::LazyLock;
@@ -100,7 +100,7 @@ pub struct Cell {
 pub struct Detected {
     /// The family.
     pub family: &'static Family,
-    /// The `transformers` class: as `architectures` names it, or the catalog's for this `model_type` where it names none.
+    /// The `transformers` class: as `architectures` names it, else the catalog's for this `model_type`.
     pub class: String,
 }
 
@@ -109,7 +109,7 @@ pub struct Detected {
 #[non_exhaustive]
 pub enum CatalogError {
     /// No family of this name.
-    #[error("no family `{name}`{}; families: {supported}", .suggestion.map(|near| format!(", did you mean `{near}`?")).unwrap_or_default())]
+    #[error("no family `{name}`{}; families: {supported}", did_you_mean(.suggestion))]
     UnknownFamily {
         /// As given.
         name: String,
@@ -119,7 +119,7 @@ pub enum CatalogError {
         supported: String,
     },
     /// No checkpoint of this name.
-    #[error("the catalog has no checkpoint `{repository}`{}; `roofbench list` shows all", .suggestion.map(|near| format!(", did you mean `{near}`?")).unwrap_or_default())]
+    #[error("the catalog has no checkpoint `{repository}`{}; `roofbench list` shows all", did_you_mean(.suggestion))]
     UnknownCheckpoint {
         /// As given.
         repository: String,
@@ -128,7 +128,7 @@ pub enum CatalogError {
     },
     /// Neither field that tells the family is there.
     #[error(
-        "config.json has neither `model_type` nor `architectures`, so its family can't be told; model types: {supported}"
+        "config.json has neither `model_type` nor `architectures`, so its family is unknown; model types: {supported}"
     )]
     NoModelType {
         /// All model types.
@@ -264,7 +264,7 @@ struct Catalog {
 
 static DATA: Dir<'static> = include_dir!("$CARGO_MANIFEST_DIR/catalog");
 
-/// The data is compiled in and a test parses it, so that the one panic of this crate can't happen in a build that passed.
+/// The data is compiled in and a test parses it, so that this panic can't happen in a build that passed its tests.
 static CATALOG: LazyLock<Catalog> =
     LazyLock::new(|| Catalog::parse().unwrap_or_else(|reason| panic!("the catalog compiled into roofbench: {reason}")));
 
@@ -378,10 +378,14 @@ fn from_value<T: serde::de::DeserializeOwned>(what: &str, value: Value) -> Resul
     serde_json::from_value(value).map_err(|error| format!("{what}: {error}"))
 }
 
-/// The candidate that takes the fewest edits, if those are few for its length.
+fn did_you_mean(suggestion: &Option<&'static str>) -> String {
+    suggestion.map(|near| format!(", did you mean `{near}`?")).unwrap_or_default()
+}
+
+/// The candidate that takes the fewest edits, letter case and hyphens aside, if those are few for its length.
 fn nearest<'a>(given: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
-    let given = given.to_lowercase().replace('_', "-");
-    let measured = candidates.map(|known| (edit_distance(&given, &known.to_lowercase()), known));
+    let plain = |name: &str| name.to_lowercase().replace(['-', '_'], "");
+    let measured = candidates.map(|known| (edit_distance(&plain(given), &plain(known)), known));
     let (edits, found) = measured.min_by_key(|&(edits, _)| edits)?;
     (edits <= 1 + found.len() / 4).then_some(found)
 }

@@ -150,7 +150,7 @@ fn interval_of_sorted(sorted: &[f64]) -> Option<Interval> {
             drawn.fill_with(|| random.below(n));
             let (lower, &mut upper, _) = drawn.select_nth_unstable(n / 2);
             match lower.iter().max() {
-                Some(&lower) if n % 2 == 0 => (sorted[lower] + sorted[upper]) / 2.0,
+                Some(&lower) if n.is_multiple_of(2) => (sorted[lower] + sorted[upper]) / 2.0,
                 _ => sorted[upper],
             }
         })

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{Device, Tensor};
 use roofbench_core::session::{SessionError, Tensors};
 use serde_json::Value;
-use tokenizers::{PaddingParams, PaddingStrategy, TruncationParams};
+use tokenizers::{PaddingParams, PaddingStrategy, PostProcessor, TruncationParams};
 
 /// Files beside `tokenizer.json` that limit the length of a sequence, with the field that does.
 const LENGTH_LIMITS: [(&str, &str); 3] = [
@@ -35,11 +35,17 @@ impl Tokenizer {
         let path = path.as_ref().to_path_buf();
         let mut inner = tokenizers::Tokenizer::from_file(&path).map_err(|error| file_error(&path, &error))?;
 
+        let special = inner.get_post_processor().map_or(0, |processor| processor.added_tokens(false));
         let mut max_length = None;
         for (file, field) in LENGTH_LIMITS {
-            let limit = read_json(&path.with_file_name(file))?.and_then(|json| json.get(field)?.as_u64());
+            let file = path.with_file_name(file);
+            let limit = read_json(&file)?.and_then(|json| json.get(field)?.as_u64());
             // "no limit" is written as 10^30, which is no u64
             let limit = limit.and_then(|limit| usize::try_from(limit).ok());
+            if let Some(limit) = limit.filter(|&limit| limit <= special) {
+                let reason = format!("`{field}` = {limit} leaves no room beside {special} special tokens");
+                return Err(SessionError::File { path: file, reason });
+            }
             max_length = [max_length, limit].into_iter().flatten().min();
         }
         let truncation = max_length.map(|max_length| TruncationParams { max_length, ..Default::default() });
@@ -175,6 +181,13 @@ mod tests {
         let (_folder, broken) = self::tokenizer("[PAD]", &[("tokenizer_config.json", "{")]);
         let error = broken.unwrap_err().to_string();
         assert!(error.contains("tokenizer_config.json: EOF"), "{error}");
+
+        let (_folder, narrow) = self::tokenizer("[PAD]", &[("config.json", r#"{"max_position_embeddings": 2}"#)]);
+        let error = narrow.unwrap_err().to_string();
+        assert!(
+            error.contains("config.json: `max_position_embeddings` = 2 leaves no room beside 2 special"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use roofbench_text::candle_core::{DType, Device, IndexOp, Tensor, safetensors};
 use roofbench_text::serde_json::{self, Value, json};
+use roofbench_text::tasks::embed;
 use roofbench_text::{
     Call, Engine, HubOptions, ModelSpec, Session, SessionError, Source, Tensors, Unobserved, Weights, aliases, load,
 };
@@ -207,6 +208,18 @@ fn bad_input_is_refused_by_name() {
             assert!(error.starts_with(expected), "{error}");
         }
     }
+}
+
+#[test]
+fn embeddings_need_an_encoder() {
+    let embedded = |name: &str| {
+        let case = Case::read(name);
+        embed(case.session().as_mut(), case.inputs.clone())
+    };
+    let lengths = embedded("encoder").unwrap().sqr().unwrap().sum(1).unwrap().to_vec1::<f32>().unwrap();
+    assert!(lengths.iter().all(|length| (length - 1.).abs() < 1e-6), "{lengths:?}");
+    let error = embedded("masked-lm").unwrap_err().to_string();
+    assert!(error.starts_with("input `last_hidden_state`: is no output of this class"), "{error}");
 }
 
 #[test]

@@ -8,6 +8,8 @@
 //! A folder holds config.json, preprocessor_config.json and model.safetensors; `google/vit-base-patch16-224` comes from
 //! the Hub.
 
+#![expect(clippy::print_stdout, reason = "an example prints")]
+
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};

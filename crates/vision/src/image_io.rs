@@ -55,7 +55,10 @@ pub enum ImageError {
         width: u32,
     },
     /// It has too many pixels.
-    #[error("{}: {height} x {width} pixels are more than the limit of {MAX_PIXELS}; reduce the picture first", .path.display())]
+    #[error(
+        "{}: {height} x {width} pixels are more than the limit of {MAX_PIXELS}; reduce the picture first",
+        .path.display()
+    )]
     TooLarge {
         /// The file.
         path: PathBuf,

@@ -191,7 +191,8 @@ impl SizeField {
                     _ => {
                         let keys: Vec<&str> = named.iter().map(|(key, _)| *key).collect();
                         let reason = format!(
-                            "has the keys {keys:?}; supported: height and width, shortest_edge, shortest_edge and longest_edge"
+                            "has the keys {keys:?}; supported: height and width, shortest_edge, \
+                             shortest_edge and longest_edge"
                         );
                         return refuse(field, reason);
                     }

@@ -1,7 +1,10 @@
 //! What the sessions of all vision families share: arguments read by name and checked before a model sees them.
 
-use candle_core::Tensor;
-use roofbench_core::session::{Call, SessionError};
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Tensor};
+use roofbench_core::session::{Call, ModelSpec, SessionError};
+use roofbench_nn::kernels::isa::Isa;
 use serde_json::Value;
 
 /// What calls of a session give; layers give candle's `Result`.
@@ -56,6 +59,13 @@ impl<'a> Inputs<'a> {
     }
 }
 
+/// Which path a model of the shared blocks takes on the device and in the type of `spec`.
+pub(crate) fn paths(spec: &ModelSpec) -> BTreeMap<String, String> {
+    let fused = spec.device.is_cpu() && matches!(spec.dtype, DType::F32 | DType::BF16 | DType::F16);
+    let path = if fused { Isa::current().to_string() } else { "candle".to_owned() };
+    ["matmul", "attention", "norm"].map(|kind| (kind.to_owned(), path.clone())).into()
+}
+
 /// A [`SessionError::Input`].
 pub(crate) fn refuse(name: &str, reason: impl Into<String>) -> SessionError {
     SessionError::Input { name: name.to_owned(), reason: reason.into() }
@@ -63,7 +73,7 @@ pub(crate) fn refuse(name: &str, reason: impl Into<String>) -> SessionError {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{DType, Device};
+    use candle_core::Device;
     use serde_json::json;
 
     use super::*;

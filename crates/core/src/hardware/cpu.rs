@@ -296,6 +296,7 @@ fn read(dir: &Path, name: &str) -> Option<String> {
 }
 
 /// Names of those features that this CPU, and the system under it, has.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! detected {
     ($detect:ident: $($name:tt),*) => {
         [$(($name, std::arch::$detect!($name))),*].into_iter().filter_map(|(name, has)| has.then(|| name.to_owned()))

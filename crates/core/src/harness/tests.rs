@@ -160,7 +160,7 @@ fn the_device_is_waited_for_inside_the_time_that_it_belongs_to() {
 
 /// Alternates widely, so that the interval of the median stays wide.
 fn noisy(i: usize) -> Option<Vec<(Phase, u64)>> {
-    forward(if i % 2 == 0 { 10 * MS } else { 20 * MS })
+    forward(if i.is_multiple_of(2) { 10 * MS } else { 20 * MS })
 }
 
 #[test]

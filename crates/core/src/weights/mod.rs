@@ -110,8 +110,8 @@ pub struct Description {
 }
 
 impl Weights {
-    /// Opens `source` for `class` (`BertForMaskedLM`), whose names follow from `rules`. No tensor is read yet; files are
-    /// checked and mapped into memory.
+    /// Opens `source` for `class` (`BertForMaskedLM`), whose names follow from `rules`. Files are checked and mapped
+    /// into memory; no tensor is read yet.
     ///
     /// # Errors
     /// Names the file, tensor or repository that is missing, damaged or refused, and the way out.
@@ -373,7 +373,7 @@ pub enum WeightsError {
         shard: String,
     },
     /// The index of a sharded checkpoint names a file outside its folder.
-    #[error("{}: names `{shard}`, which is not a file of the same folder; do not trust this checkpoint", .index.display())]
+    #[error("{}: names `{shard}`, which is not a file of the same folder; do not trust it", .index.display())]
     ShardOutside {
         /// Index.
         index: PathBuf,
@@ -391,7 +391,7 @@ pub enum WeightsError {
         name: String,
     },
     /// Two shards hold a tensor of the same name.
-    #[error("tensor `{name}` is in {} and in {}; keep the shards of one checkpoint", .first.display(), .second.display())]
+    #[error("tensor `{name}` is in {} and in {}; keep the shards of one only", .first.display(), .second.display())]
     Duplicate {
         /// Tensor.
         name: String,

@@ -15,8 +15,9 @@
 //!
 //! Every operation rounds to f32; bf16 and f16 are rounded to nearest even from the f32 value.
 //!
-//! Speed, 2 virtual cores of a Zen 4 EPYC shared with other jobs, bf16 into fresh memory: AVX-512 with 4 KiB pages
-//! 1.3–2.5 GB/s, with huge pages 9.3. One thread into cache: SSE2 1.9, AVX2 3.6, AVX-512 12.1 GB/s.
+//! Speed, 2 virtual cores of an AVX-512 EPYC shared with other jobs, bf16 into new allocations: AVX-512 with 4 KiB pages
+//! 1.3–2.5 GB/s, with huge pages 9.3, where `memset` reaches 9–15. One thread into cache: SSE2 1.9, AVX2 3.6,
+//! AVX-512 12.1 GB/s. Additions wrap, since overflow checks (a dev build has them) keep the loop from vectorising.
 
 use std::mem::MaybeUninit;
 
@@ -211,7 +212,7 @@ fn fill_avx512<T: Element>(slots: &mut [MaybeUninit<T>], counter: u64, line: Aff
     fill_portable(slots, counter, line);
 }
 
-/// Every path that this CPU has, the widest first. AVX-512 DQ multiplies 64-bit integers; SSE2 and AVX2 must compose it.
+/// Every path that this CPU has, the widest first. Only AVX-512 DQ multiplies 64-bit integers in one instruction.
 #[cfg(target_arch = "x86_64")]
 #[expect(
     unsafe_code,

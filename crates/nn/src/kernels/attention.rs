@@ -15,6 +15,7 @@
 
 use std::cell::RefCell;
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 use super::KernelError;
 use super::isa::Isa;
@@ -104,7 +105,7 @@ impl Attention<'_> {
 }
 
 /// Rows that share a head of keys and values and are worked on together: neighbouring queries of a head, or, when there
-/// is one query, the heads of a group. `stride`s are from row to row.
+/// is one query, the heads of a group. The `_stride`s are from row to row, in elements.
 #[derive(Clone, Copy)]
 struct Block {
     rows: usize,
@@ -112,16 +113,19 @@ struct Block {
     scale: f32,
     q: *const f32,
     q_stride: usize,
-    /// Row 0 of the head.
+    /// Of key 0.
     k: *const f32,
     k_stride: usize,
     v: *const f32,
     v_stride: usize,
-    /// Column 0.
+    /// Of key 0.
     bias: Option<*const f32>,
     bias_stride: usize,
     out: *mut f32,
     out_stride: usize,
+    /// Where the highest score and the total of the weights of each row go, if the result is to be joined with those over
+    /// other keys: it is then left undivided.
+    parts: Option<*mut f32>,
     pattern: Pattern,
     /// Of the first row among the keys.
     position: i64,
@@ -133,17 +137,28 @@ impl Block {
     fn row_range(&self, row: usize) -> (i64, i64) {
         self.pattern.range(self.position + row as i64 * self.step)
     }
+
+    /// The part of `index` that at least one row sees.
+    fn visible(&self, index: &[u32]) -> Range<usize> {
+        let (from, to) = (self.row_range(0).0, self.row_range(self.rows - 1).1);
+        let start = index.partition_point(|&key| i64::from(key) < from);
+        start..index.partition_point(|&key| i64::from(key) < to).max(start)
+    }
 }
 
-/// Keys worked on between two rescalings; a multiple of every tile's height.
+/// Keys worked on between two rescalings; a multiple of 8.
 const KEYS: usize = 48;
 /// The same where lanes lie along the head.
 const FEW_KEYS: usize = 256;
+/// Of those, how many are read before the next head's.
+const FEW_STEP: usize = 16;
 /// Up to so many rows lanes lie along the head.
-const FEW: usize = 4;
+const FEW: usize = 8;
+/// Blocks of a task share one copy of their keys and values; more of them would not fit a cache.
+const MOST_BLOCKS: usize = 16;
 
 thread_local! {
-    static SCRATCH: RefCell<Buffer<MaybeUninit<f32>>> = RefCell::new(Buffer::uninit(0));
+    static SCRATCH: RefCell<Buffer<f32>> = RefCell::new(Buffer::zeroed(0));
 }
 
 /// A part of the thread's buffer, on a cache line.
@@ -153,113 +168,195 @@ fn carve(rest: &mut *mut f32, len: usize) -> *mut f32 {
     part
 }
 
-/// Elements of scratch that a block needs: queries, result, scores and five numbers per row, or, for few rows, less.
-fn scratch_len(rows: usize, head_dim: usize) -> usize {
+/// Elements of scratch for `blocks` blocks of `rows` rows, whichever kernel takes them.
+fn scratch_len(blocks: usize, rows: usize, head_dim: usize) -> usize {
     let d = head_dim.next_multiple_of(MAX_LANES);
-    rows * (2 * d + KEYS + 5 * MAX_LANES) + FEW * (2 * d + FEW_KEYS)
+    let by_rows = blocks * rows.next_multiple_of(MAX_LANES) * (2 * d + 2)
+        + (rows + 2 * d) * (KEYS + 8)
+        + 3 * rows.next_multiple_of(MAX_LANES);
+    let by_head = blocks * FEW * (2 * d + FEW_KEYS);
+    by_rows + by_head
 }
 
-/// The block's rows over the keys of `index` that its pattern lets it see; rows that see none are left undefined.
+/// Blocks over the keys of `index` that their patterns let them see; rows that see none are left undefined.
 ///
 /// # Safety
-/// The CPU has `S`; the pointers of `block` are valid for its rows, at most `2 * LANES`, and for every row of `index`, its
-/// output not shared; `scratch` for [`scratch_len`].
+/// The CPU has `S`; the pointers of each block are valid for its rows, at most `2 * LANES`, and for every row of `index`,
+/// its output not shared; `scratch` is as long as [`scratch_len`] says. Blocks of more than [`FEW`] rows that follow each
+/// other and have the same keys have the same values.
 #[inline(always)]
-unsafe fn block_kernel<S: Simd>(block: &Block, index: &[u32], scratch: *mut f32) {
-    let (from, to) = (block.row_range(0).0, block.row_range(block.rows - 1).1);
-    let first = index.partition_point(|&key| i64::from(key) < from);
-    let end = index.partition_point(|&key| i64::from(key) < to).max(first);
-    let index = &index[first..end];
-    // SAFETY: as for this function.
-    unsafe {
-        match block.rows {
-            1 => by_head::<S, 1>(block, index, scratch),
-            2 => by_head::<S, 2>(block, index, scratch),
-            3 => by_head::<S, 3>(block, index, scratch),
-            4 => by_head::<S, 4>(block, index, scratch),
-            rows if rows <= S::LANES => by_rows::<S, 1>(block, index, scratch),
-            _ => by_rows::<S, 2>(block, index, scratch),
+unsafe fn blocks_kernel<S: Simd>(blocks: &[Block], index: &[u32], scratch: *mut f32) {
+    let mut rest = blocks;
+    while let Some(first) = rest.first() {
+        // neighbours that can go together
+        let is_few = first.rows <= FEW;
+        let alike =
+            |block: &&Block| if is_few { block.rows == first.rows } else { block.rows > FEW && block.k == first.k };
+        let (now, later) = rest.split_at(rest.iter().take_while(alike).count());
+        rest = later;
+        // SAFETY: as for this function.
+        unsafe {
+            match first.rows {
+                1 => by_head::<S, 1>(now, index, scratch),
+                2 => by_head::<S, 2>(now, index, scratch),
+                3 => by_head::<S, 3>(now, index, scratch),
+                4 => by_head::<S, 4>(now, index, scratch),
+                5 => by_head::<S, 5>(now, index, scratch),
+                6 => by_head::<S, 6>(now, index, scratch),
+                7 => by_head::<S, 7>(now, index, scratch),
+                8 => by_head::<S, 8>(now, index, scratch),
+                _ => by_rows::<S>(now, index, scratch),
+            }
         }
     }
 }
 
-simd_entry! { fn block_on(block: &Block, index: &[u32], scratch: *mut f32) = block_kernel }
+simd_entry! { fn blocks_on(blocks: &[Block], index: &[u32], scratch: *mut f32) = blocks_kernel }
 
-/// Lanes are rows, `NV` vectors of them.
+/// What a block keeps from one chunk of keys to the next.
+#[derive(Clone, Copy)]
+struct State {
+    /// (head_dim, width), scaled.
+    queries: *mut f32,
+    /// (width, padded head_dim), undivided.
+    result: *mut f32,
+    highest: *mut f32,
+    total: *mut f32,
+}
+
+/// Room that all blocks use in turn.
+#[derive(Clone, Copy)]
+struct Chunk {
+    /// (keys, head_dim).
+    keys: *mut f32,
+    /// (keys, padded head_dim).
+    values: *mut f32,
+    /// (keys, width).
+    scores: *mut f32,
+    rescale: *mut f32,
+    /// Bounds of what a row sees.
+    from: *mut f32,
+    to: *mut f32,
+}
+
+/// Lanes are rows.
 ///
 /// # Safety
-/// As for [`block_kernel`]; `scratch` is as long as computed there.
+/// As for [`blocks_kernel`]; the blocks have the same keys and values.
 #[inline(always)]
-unsafe fn by_rows<S: Simd, const NV: usize>(block: &Block, index: &[u32], mut scratch: *mut f32) {
-    let (rows, d, width) = (block.rows, block.head_dim, NV * S::LANES);
+unsafe fn by_rows<S: Simd>(blocks: &[Block], index: &[u32], mut scratch: *mut f32) {
+    let (width, d) = (2 * S::LANES, blocks[0].head_dim);
     let padded = d.next_multiple_of(S::LANES);
-    let queries = carve(&mut scratch, width * d);
-    let scores = carve(&mut scratch, width * KEYS);
-    let result = carve(&mut scratch, width * padded);
-    let [highest, total, rescale, from, to] = [0; 5].map(|_| carve(&mut scratch, width));
+    let room = KEYS + 8;
+    let chunk = Chunk {
+        keys: carve(&mut scratch, room * d),
+        values: carve(&mut scratch, room * padded),
+        scores: carve(&mut scratch, room * width),
+        rescale: carve(&mut scratch, width),
+        from: carve(&mut scratch, width),
+        to: carve(&mut scratch, width),
+    };
+    let states = scratch;
+    let padded_width = width.next_multiple_of(MAX_LANES);
+    let state_len =
+        (width * d).next_multiple_of(MAX_LANES) + (width * padded).next_multiple_of(MAX_LANES) + 2 * padded_width;
+    let state = |i: usize| {
+        let mut scratch = states.wrapping_add(i * state_len);
+        State {
+            queries: carve(&mut scratch, width * d),
+            result: carve(&mut scratch, width * padded),
+            highest: carve(&mut scratch, width),
+            total: carve(&mut scratch, width),
+        }
+    };
+    let start = blocks.iter().map(|block| block.visible(index).start).min().unwrap_or(0);
+    let end = blocks.iter().map(|block| block.visible(index).end).max().unwrap_or(0);
+    let visible = &index[start.min(end)..end];
     // SAFETY: as for this function; each part of the scratch has the length just carved.
     unsafe {
-        transpose_queries::<S, NV>(block, queries);
-        std::slice::from_raw_parts_mut(result, width * padded).fill(0.0);
-        for lane in 0..width {
-            let (first, end) = block.row_range(lane.min(rows - 1));
-            // -∞ would make exp(-∞ - -∞) of a block that a row does not see
-            *highest.add(lane) = f32::MIN;
-            *total.add(lane) = 0.0;
-            // exact: positions are below 2^24, and what is cut off lies outside the keys
-            *from.add(lane) = first.max(-(1 << 24)) as f32;
-            *to.add(lane) = end.min(1 << 24) as f32;
-        }
-        let (all_from, all_to) = (block.row_range(rows - 1).0, block.row_range(0).1);
-        for keys in index.chunks(KEYS) {
-            if S::REGISTERS >= 32 {
-                score_tiles::<S, 8, NV>(block, keys, queries, scores);
+        for (i, block) in blocks.iter().enumerate() {
+            if block.rows <= S::LANES {
+                begin::<S, 1>(block, state(i));
             } else {
-                score_tiles::<S, 6, NV>(block, keys, queries, scores);
-            }
-            if let Some(bias) = block.bias {
-                add_bias::<S, NV>(block, bias, keys, scores);
-            }
-            let (first, last) = (i64::from(keys[0]), i64::from(keys[keys.len() - 1]));
-            if first < all_from || last >= all_to {
-                hide::<S, NV>(keys, from, to, scores);
-            }
-            soften::<S, NV>(keys.len(), scores, highest, total, rescale);
-            for row in (0..rows).step_by(4) {
-                add_values::<S>(block, keys, scores.add(row), width, rescale.add(row), result.add(row * padded));
+                begin::<S, 2>(block, state(i));
             }
         }
-        for row in 0..rows {
-            let scale = S::splat(1.0 / *total.add(row));
-            let (result, out) = (result.add(row * padded), block.out.add(row * block.out_stride));
-            let mut i = 0;
-            while i < d {
-                let lanes = (d - i).min(S::LANES);
-                S::store_partial(out.add(i), lanes, S::mul(S::load(result.add(i)), scale));
-                i += lanes;
+        // equal chunks, so that none is left with a few keys
+        let size = visible.len().div_ceil(visible.len().div_ceil(KEYS).max(1)).next_multiple_of(8).max(8);
+        for keys in visible.chunks(size) {
+            copy_rows::<S>(blocks[0].k, blocks[0].k_stride, keys, d, d, chunk.keys);
+            copy_rows::<S>(blocks[0].v, blocks[0].v_stride, keys, d, padded, chunk.values);
+            for (i, block) in blocks.iter().enumerate() {
+                let seen = block.visible(keys);
+                if seen.is_empty() {
+                    continue;
+                }
+                let part = Chunk {
+                    keys: chunk.keys.add(seen.start * d),
+                    values: chunk.values.add(seen.start * padded),
+                    ..chunk
+                };
+                if block.rows <= S::LANES {
+                    advance::<S, 1>(block, &keys[seen], part, state(i));
+                } else {
+                    advance::<S, 2>(block, &keys[seen], part, state(i));
+                }
+            }
+        }
+        for (i, block) in blocks.iter().enumerate() {
+            let state = state(i);
+            for row in 0..block.rows {
+                let (highest, total) = (*state.highest.add(row), *state.total.add(row));
+                finish_row::<S>(block, row, state.result.add(row * padded), highest, total);
             }
         }
     }
 }
 
-/// Scaled queries as (head_dim, width), 0 in lanes without a row.
+/// Rows `keys` of width `d` one after the other, each of `padded` elements, 0 past `d`.
 ///
 /// # Safety
-/// As for [`by_rows`].
+/// The CPU has `S`; the rows exist, and `to` has room for them and, where `padded` is not a multiple of `LANES`, for a vector
+/// more.
 #[inline(always)]
-unsafe fn transpose_queries<S: Simd, const NV: usize>(block: &Block, queries: *mut f32) {
+unsafe fn copy_rows<S: Simd>(from: *const f32, stride: usize, keys: &[u32], d: usize, padded: usize, to: *mut f32) {
+    // SAFETY: as for this function.
+    unsafe {
+        for (j, key) in keys.iter().enumerate() {
+            let (from, to) = (from.add(*key as usize * stride), to.add(j * padded));
+            let mut i = 0;
+            while i + S::LANES <= d {
+                S::store(to.add(i), S::load(from.add(i)));
+                i += S::LANES;
+            }
+            if i < d {
+                // what this writes past `d` is padding, or the next row, which is yet to come
+                S::store(to.add(i), S::load_partial(from.add(i), d - i));
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As for [`by_rows`]; `block` has at most `NV` vectors of rows, here and below.
+#[inline(always)]
+unsafe fn begin<S: Simd, const NV: usize>(block: &Block, state: State) {
     let (d, width) = (block.head_dim, NV * S::LANES);
     // SAFETY: rows below `rows`, columns below `d`.
     unsafe {
+        std::slice::from_raw_parts_mut(state.result, width * d.next_multiple_of(S::LANES)).fill(0.0);
+        std::slice::from_raw_parts_mut(state.total, width).fill(0.0);
+        // -∞ would make exp(-∞ - -∞) of a chunk that a row does not see
+        std::slice::from_raw_parts_mut(state.highest, width).fill(f32::MIN);
         let scale = S::splat(block.scale);
-        for n in 0..NV {
-            let (first, end) = (n * S::LANES, ((n + 1) * S::LANES).min(block.rows));
+        for first in (0..width).step_by(S::LANES) {
+            let end = (first + S::LANES).min(block.rows);
             let mut i = 0;
-            if end - first == S::LANES {
+            if end == first + S::LANES {
                 while i + 4 <= d {
                     let columns = S::load_columns(block.q.add(first * block.q_stride + i), block.q_stride);
                     for (j, column) in columns.into_iter().enumerate() {
-                        S::store(queries.add((i + j) * width + first), S::mul(column, scale));
+                        S::store(state.queries.add((i + j) * width + first), S::mul(column, scale));
                     }
                     i += 4;
                 }
@@ -267,9 +364,53 @@ unsafe fn transpose_queries<S: Simd, const NV: usize>(block: &Block, queries: *m
             while i < d {
                 for row in first..first + S::LANES {
                     let q = if row < end { *block.q.add(row * block.q_stride + i) * block.scale } else { 0.0 };
-                    *queries.add(i * width + row) = q;
+                    *state.queries.add(i * width + row) = q;
                 }
                 i += 1;
+            }
+        }
+    }
+}
+
+/// Takes in the keys and values of a chunk; `keys` are their positions.
+///
+/// # Safety
+/// As for [`by_rows`].
+#[inline(always)]
+unsafe fn advance<S: Simd, const NV: usize>(block: &Block, keys: &[u32], chunk: Chunk, state: State) {
+    let (d, width) = (block.head_dim, NV * S::LANES);
+    let padded = d.next_multiple_of(S::LANES);
+    // SAFETY: as for this function.
+    unsafe {
+        if S::REGISTERS >= 32 {
+            score_tiles::<S, 8, NV>(keys.len(), d, chunk, state.queries);
+        } else {
+            score_tiles::<S, 6, NV>(keys.len(), d, chunk, state.queries);
+        }
+        if let Some(bias) = block.bias {
+            add_bias::<S, NV>(block, bias, keys, chunk.scores);
+        }
+        let (all_from, all_to) = (block.row_range(block.rows - 1).0, block.row_range(0).1);
+        if i64::from(keys[0]) < all_from || i64::from(keys[keys.len() - 1]) >= all_to {
+            hide::<S, NV>(block, keys, chunk);
+        }
+        soften::<S, NV>(keys.len(), chunk, state);
+        for row in (0..block.rows).step_by(4) {
+            let (weights, rescale) = (chunk.scores.add(row), chunk.rescale.add(row));
+            let result = state.result.add(row * padded);
+            let vectors = padded / S::LANES;
+            let mut vector = 0;
+            for left in (1..=vectors.div_ceil(if S::REGISTERS >= 32 { 4 } else { 3 })).rev() {
+                let column = vector * S::LANES;
+                let (values, result) = (chunk.values.add(column), result.add(column));
+                let tile = (vectors - vector).div_ceil(left);
+                match tile {
+                    1 => value_tile::<S, 1>(keys.len(), values, padded, weights, width, rescale, result),
+                    2 => value_tile::<S, 2>(keys.len(), values, padded, weights, width, rescale, result),
+                    3 => value_tile::<S, 3>(keys.len(), values, padded, weights, width, rescale, result),
+                    _ => value_tile::<S, 4>(keys.len(), values, padded, weights, width, rescale, result),
+                }
+                vector += tile;
             }
         }
     }
@@ -278,30 +419,27 @@ unsafe fn transpose_queries<S: Simd, const NV: usize>(block: &Block, queries: *m
 /// scores (keys, width) = keys (keys, head_dim) · queries (head_dim, width).
 ///
 /// # Safety
-/// As for [`by_rows`]; `KEYS` is a multiple of `MR`.
+/// As for [`by_rows`]; keys and scores have room for `MR - 1` rows more.
 #[inline(always)]
 unsafe fn score_tiles<S: Simd, const MR: usize, const NV: usize>(
-    block: &Block,
-    keys: &[u32],
+    keys: usize,
+    d: usize,
+    chunk: Chunk,
     queries: *const f32,
-    scores: *mut f32,
 ) {
     let width = NV * S::LANES;
-    for first in (0..keys.len()).step_by(MR) {
-        // SAFETY: rows of `keys`; past their end the last one again, whose scores land in the block and are not used.
+    for first in (0..keys).step_by(MR) {
+        // SAFETY: rows past the end hold whatever was left there, and their scores are not used.
         unsafe {
-            let mut rows = [block.k; MR];
-            for (i, row) in rows.iter_mut().enumerate() {
-                *row = row.add(keys[(first + i).min(keys.len() - 1)] as usize * block.k_stride);
-            }
+            let rows = chunk.keys.add(first * d);
             let mut sums = [[S::splat(0.0); NV]; MR];
-            for i in 0..block.head_dim {
+            for i in 0..d {
                 let mut q = [S::splat(0.0); NV];
                 for (n, q) in q.iter_mut().enumerate() {
                     *q = S::load(queries.add(i * width + n * S::LANES));
                 }
-                for (row, sums) in rows.iter().zip(&mut sums) {
-                    let k = S::splat(*row.add(i));
+                for (row, sums) in sums.iter_mut().enumerate() {
+                    let k = S::splat(*rows.add(row * d + i));
                     for (sum, q) in sums.iter_mut().zip(q) {
                         *sum = S::fma(k, q, *sum);
                     }
@@ -309,7 +447,7 @@ unsafe fn score_tiles<S: Simd, const MR: usize, const NV: usize>(
             }
             for (i, sums) in sums.iter().enumerate() {
                 for (n, sum) in sums.iter().enumerate() {
-                    S::store(scores.add((first + i) * width + n * S::LANES), *sum);
+                    S::store(chunk.scores.add((first + i) * width + n * S::LANES), *sum);
                 }
             }
         }
@@ -353,14 +491,20 @@ unsafe fn add_bias<S: Simd, const NV: usize>(block: &Block, bias: *const f32, ke
 /// # Safety
 /// As for [`by_rows`].
 #[inline(always)]
-unsafe fn hide<S: Simd, const NV: usize>(keys: &[u32], from: *const f32, to: *const f32, scores: *mut f32) {
+unsafe fn hide<S: Simd, const NV: usize>(block: &Block, keys: &[u32], chunk: Chunk) {
     // SAFETY: as for this function.
     unsafe {
+        for lane in 0..NV * S::LANES {
+            let (from, to) = block.row_range(lane.min(block.rows - 1));
+            // exact: positions are below 2^24, and what is cut off lies outside the keys
+            *chunk.from.add(lane) = from.max(-(1 << 24)) as f32;
+            *chunk.to.add(lane) = to.min(1 << 24) as f32;
+        }
         let never = S::splat(f32::NEG_INFINITY);
         for n in 0..NV {
-            let (from, to) = (S::load(from.add(n * S::LANES)), S::load(to.add(n * S::LANES)));
+            let (from, to) = (S::load(chunk.from.add(n * S::LANES)), S::load(chunk.to.add(n * S::LANES)));
             for (j, key) in keys.iter().enumerate() {
-                let (score, key) = (scores.add((j * NV + n) * S::LANES), S::splat(*key as f32));
+                let (score, key) = (chunk.scores.add((j * NV + n) * S::LANES), S::splat(*key as f32));
                 let seen = S::select_lt(key, to, S::load(score), never);
                 S::store(score, S::select_lt(key, from, never, seen));
             }
@@ -374,18 +518,13 @@ unsafe fn hide<S: Simd, const NV: usize>(keys: &[u32], from: *const f32, to: *co
 /// # Safety
 /// As for [`by_rows`].
 #[inline(always)]
-unsafe fn soften<S: Simd, const NV: usize>(
-    keys: usize,
-    scores: *mut f32,
-    highest: *mut f32,
-    total: *mut f32,
-    rescale: *mut f32,
-) {
+unsafe fn soften<S: Simd, const NV: usize>(keys: usize, chunk: Chunk, state: State) {
     // SAFETY: as for this function.
     unsafe {
         for n in 0..NV {
-            let at = |j: usize| scores.wrapping_add((j * NV + n) * S::LANES);
-            let [highest, total, rescale] = [highest, total, rescale].map(|p| p.wrapping_add(n * S::LANES));
+            let at = |j: usize| chunk.scores.wrapping_add((j * NV + n) * S::LANES);
+            let [highest, total, rescale] =
+                [state.highest, state.total, chunk.rescale].map(|p| p.wrapping_add(n * S::LANES));
             let before = S::load(highest);
             let (mut top, mut other) = (before, before);
             for j in (0..keys).step_by(2) {
@@ -407,164 +546,178 @@ unsafe fn soften<S: Simd, const NV: usize>(
     }
 }
 
-/// result (4, head_dim) = result · rescale + weightsᵀ (4, keys) · values (keys, head_dim).
+/// result (4, ND vectors) = result · rescale + weightsᵀ (4, keys) · values (keys, ND vectors).
 ///
 /// # Safety
-/// As for [`by_rows`]; `weights` are (keys, width) and start at the first of the four rows, as do `rescale` and `result`.
+/// As for [`by_rows`]; `values` and `result` start at the first column, `weights`, (keys, width), `rescale` and `result` at
+/// the first of four rows.
 #[inline(always)]
-unsafe fn add_values<S: Simd>(
-    block: &Block,
-    keys: &[u32],
-    weights: *const f32,
-    width: usize,
-    rescale: *const f32,
-    result: *mut f32,
-) {
-    let full = block.head_dim / S::LANES;
-    let tail = block.head_dim % S::LANES;
-    let most = if S::REGISTERS >= 32 { 4 } else { 3 };
-    // SAFETY: as for this function; columns below `head_dim`.
-    unsafe {
-        let mut vector = 0;
-        for left in (1..=full.div_ceil(most)).rev() {
-            let vectors = (full - vector).div_ceil(left);
-            let column = vector * S::LANES;
-            match vectors {
-                1 => value_tile::<S, 1>(block, keys, column, S::LANES, weights, width, rescale, result),
-                2 => value_tile::<S, 2>(block, keys, column, S::LANES, weights, width, rescale, result),
-                3 => value_tile::<S, 3>(block, keys, column, S::LANES, weights, width, rescale, result),
-                _ => value_tile::<S, 4>(block, keys, column, S::LANES, weights, width, rescale, result),
-            }
-            vector += vectors;
-        }
-        if tail > 0 {
-            value_tile::<S, 1>(block, keys, full * S::LANES, tail, weights, width, rescale, result);
-        }
-    }
-}
-
-/// `ND` vectors of [`add_values`] from `column` on, the last one with `lanes` elements.
-///
-/// # Safety
-/// As there.
-#[inline(always)]
-#[expect(clippy::too_many_arguments, reason = "one tile of a loop nest")]
 unsafe fn value_tile<S: Simd, const ND: usize>(
-    block: &Block,
-    keys: &[u32],
-    column: usize,
-    lanes: usize,
+    keys: usize,
+    values: *const f32,
+    padded: usize,
     weights: *const f32,
     width: usize,
     rescale: *const f32,
     result: *mut f32,
 ) {
-    let padded = block.head_dim.next_multiple_of(S::LANES);
     // SAFETY: as for this function.
     unsafe {
         let mut sums = [[S::splat(0.0); ND]; 4];
         for (row, sums) in sums.iter_mut().enumerate() {
             let factor = S::splat(*rescale.add(row));
             for (n, sum) in sums.iter_mut().enumerate() {
-                *sum = S::mul(S::load(result.add(row * padded + column + n * S::LANES)), factor);
+                *sum = S::mul(S::load(result.add(row * padded + n * S::LANES)), factor);
             }
         }
-        for (j, key) in keys.iter().enumerate() {
-            let v = block.v.add(*key as usize * block.v_stride + column);
-            let mut values = [S::splat(0.0); ND];
-            if lanes == S::LANES {
-                for (n, value) in values.iter_mut().enumerate() {
-                    *value = S::load(v.add(n * S::LANES));
-                }
-            } else {
-                values[0] = S::load_partial(v, lanes);
+        for j in 0..keys {
+            let mut v = [S::splat(0.0); ND];
+            for (n, v) in v.iter_mut().enumerate() {
+                *v = S::load(values.add(j * padded + n * S::LANES));
             }
             for (row, sums) in sums.iter_mut().enumerate() {
                 let weight = S::splat(*weights.add(j * width + row));
-                for (sum, value) in sums.iter_mut().zip(values) {
-                    *sum = S::fma(weight, value, *sum);
+                for (sum, v) in sums.iter_mut().zip(v) {
+                    *sum = S::fma(weight, v, *sum);
                 }
             }
         }
         for (row, sums) in sums.iter().enumerate() {
             for (n, sum) in sums.iter().enumerate() {
-                S::store(result.add(row * padded + column + n * S::LANES), *sum);
+                S::store(result.add(row * padded + n * S::LANES), *sum);
             }
         }
     }
 }
 
-/// Lanes lie along the head: `R` rows, each key and value read once for all of them.
+/// A row's result into the output, divided by its total unless parts are to be joined.
 ///
 /// # Safety
-/// As for [`by_rows`].
+/// The CPU has `S`; `result` has the padded width of a head.
 #[inline(always)]
-unsafe fn by_head<S: Simd, const R: usize>(block: &Block, index: &[u32], mut scratch: *mut f32) {
-    let d = block.head_dim;
-    let padded = d.next_multiple_of(S::LANES);
-    let queries = carve(&mut scratch, R * padded);
-    let result = carve(&mut scratch, R * padded);
-    let scores = carve(&mut scratch, R * FEW_KEYS);
-    // SAFETY: as for this function; each part of the scratch has the length just carved.
+unsafe fn finish_row<S: Simd>(block: &Block, row: usize, result: *const f32, highest: f32, total: f32) {
+    // SAFETY: as for this function.
     unsafe {
-        std::slice::from_raw_parts_mut(queries, R * padded).fill(0.0);
-        std::slice::from_raw_parts_mut(result, R * padded).fill(0.0);
-        for (row, i) in (0..R).flat_map(|row| (0..d).map(move |i| (row, i))) {
-            *queries.add(row * padded + i) = *block.q.add(row * block.q_stride + i) * block.scale;
+        if let Some(parts) = block.parts {
+            *parts.add(2 * row) = highest;
+            *parts.add(2 * row + 1) = total;
         }
-        let (mut highest, mut total) = ([f32::MIN; R], [0.0; R]);
-        for keys in index.chunks(FEW_KEYS) {
-            for (j, key) in keys.iter().enumerate() {
-                let k = block.k.add(*key as usize * block.k_stride);
-                let mut sums = [S::splat(0.0); R];
-                let mut i = 0;
-                while i < d {
-                    let k = if i + S::LANES <= d { S::load(k.add(i)) } else { S::load_partial(k.add(i), d - i) };
-                    for (row, sum) in sums.iter_mut().enumerate() {
-                        *sum = S::fma(k, S::load(queries.add(row * padded + i)), *sum);
-                    }
-                    i += S::LANES;
-                }
-                for (row, sum) in sums.into_iter().enumerate() {
-                    *scores.add(row * FEW_KEYS + j) = S::reduce_add(sum);
+        let scale = S::splat(if block.parts.is_some() { 1.0 } else { 1.0 / total });
+        let out = block.out.add(row * block.out_stride);
+        let mut i = 0;
+        while i < block.head_dim {
+            let lanes = (block.head_dim - i).min(S::LANES);
+            S::store_partial(out.add(i), lanes, S::mul(S::load(result.add(i)), scale));
+            i += lanes;
+        }
+    }
+}
+
+/// Lanes lie along the head: `R` rows per block, each key and value read once for all of them, and memory in the order of
+/// the keys whatever the number of blocks, which are the heads of one cache.
+///
+/// # Safety
+/// As for [`blocks_kernel`]; each block has `R` rows.
+#[inline(always)]
+unsafe fn by_head<S: Simd, const R: usize>(blocks: &[Block], index: &[u32], scratch: *mut f32) {
+    let d = blocks[0].head_dim;
+    let padded = d.next_multiple_of(S::LANES);
+    let room = R * padded.next_multiple_of(MAX_LANES);
+    // of each block: queries, result, scores
+    let part = |i: usize| scratch.wrapping_add(i * (2 * room + R * FEW_KEYS));
+    let mut sums = [[(f32::MIN, 0.0, 0.0); R]; MOST_BLOCKS];
+    // SAFETY: as for this function; each part of the scratch has that length.
+    unsafe {
+        for (i, block) in blocks.iter().enumerate() {
+            std::slice::from_raw_parts_mut(part(i), 2 * room).fill(0.0);
+            for (row, column) in (0..R).flat_map(|row| (0..d).map(move |column| (row, column))) {
+                *part(i).add(row * padded + column) = *block.q.add(row * block.q_stride + column) * block.scale;
+            }
+        }
+        let start = blocks.iter().map(|block| block.visible(index).start).min().unwrap_or(0);
+        let end = blocks.iter().map(|block| block.visible(index).end).max().unwrap_or(0);
+        for keys in index[start.min(end)..end].chunks(FEW_KEYS) {
+            for (step, some) in keys.chunks(FEW_STEP).enumerate() {
+                for (i, block) in blocks.iter().enumerate() {
+                    few_scores::<S, R>(block, some, part(i), part(i).add(2 * room + step * FEW_STEP));
                 }
             }
-            let mut rescale = [0.0; R];
-            for row in 0..R {
-                let scores = std::slice::from_raw_parts_mut(scores.add(row * FEW_KEYS), keys.len());
-                let (from, to) = block.row_range(row);
-                for (score, &key) in scores.iter_mut().zip(keys) {
+            for (i, block) in blocks.iter().enumerate() {
+                for (row, sums) in sums[i].iter_mut().enumerate() {
+                    let scores = std::slice::from_raw_parts_mut(part(i).add(2 * room + row * FEW_KEYS), keys.len());
+                    let (from, to) = block.row_range(row);
                     if let Some(bias) = block.bias {
-                        *score += *bias.add(row * block.bias_stride + key as usize);
+                        for (score, &key) in scores.iter_mut().zip(keys) {
+                            *score += *bias.add(row * block.bias_stride + key as usize);
+                        }
                     }
-                    if i64::from(key) < from || i64::from(key) >= to {
-                        *score = f32::NEG_INFINITY;
+                    if i64::from(keys[0]) < from || i64::from(keys[keys.len() - 1]) >= to {
+                        for (score, &key) in scores.iter_mut().zip(keys) {
+                            if i64::from(key) < from || i64::from(key) >= to {
+                                *score = f32::NEG_INFINITY;
+                            }
+                        }
+                    }
+                    *sums = soften_row::<S>(scores, sums.0, sums.1);
+                    let result = part(i).add(room + row * padded);
+                    for column in (0..padded).step_by(S::LANES) {
+                        S::store(result.add(column), S::mul(S::load(result.add(column)), S::splat(sums.2)));
                     }
                 }
-                (rescale[row], highest[row], total[row]) = soften_row::<S>(scores, highest[row], total[row]);
             }
-            let mut i = 0;
-            while i < d {
-                // four vectors at a time for a single row, so that their sums overlap
-                let vectors = ((d - i) / S::LANES).min(if R * 4 < S::REGISTERS { 4 } else { 2 });
-                let (column, weights, result) = (i, scores, result.add(i));
-                i += match vectors {
-                    0 => few_values::<S, R, 1>(block, keys, column, d - i, weights, rescale, result),
-                    1 => few_values::<S, R, 1>(block, keys, column, S::LANES, weights, rescale, result),
-                    2 | 3 => few_values::<S, R, 2>(block, keys, column, S::LANES, weights, rescale, result),
-                    _ => few_values::<S, R, 4>(block, keys, column, S::LANES, weights, rescale, result),
-                };
+            for (step, some) in keys.chunks(FEW_STEP).enumerate() {
+                for (i, block) in blocks.iter().enumerate() {
+                    let (weights, result) = (part(i).add(2 * room + step * FEW_STEP), part(i).add(room));
+                    let most = (if S::REGISTERS >= 32 { 16 } else { 8 } / R).min(4);
+                    let mut column = 0;
+                    while column < d {
+                        column += match ((d - column) / S::LANES).min(most) {
+                            0 | 1 => few_values::<S, R, 1>(block, some, column, weights, result),
+                            2 | 3 => few_values::<S, R, 2>(block, some, column, weights, result),
+                            _ => few_values::<S, R, 4>(block, some, column, weights, result),
+                        };
+                    }
+                }
             }
         }
-        for (row, total) in total.into_iter().enumerate() {
-            for i in 0..d {
-                *block.out.add(row * block.out_stride + i) = *result.add(row * padded + i) / total;
+        for (i, block) in blocks.iter().enumerate() {
+            for (row, &(highest, total, _)) in sums[i].iter().enumerate() {
+                finish_row::<S>(block, row, part(i).add(room + row * padded), highest, total);
             }
         }
     }
 }
 
-/// Scores of one row become weights; gives the factor for earlier results, the new highest score and the new total.
+/// scores (R, keys), rows [`FEW_KEYS`] apart.
+///
+/// # Safety
+/// As for [`by_head`].
+#[inline(always)]
+unsafe fn few_scores<S: Simd, const R: usize>(block: &Block, keys: &[u32], queries: *const f32, scores: *mut f32) {
+    let d = block.head_dim;
+    let padded = d.next_multiple_of(S::LANES);
+    for (j, key) in keys.iter().enumerate() {
+        // SAFETY: as for this function.
+        unsafe {
+            let k = block.k.add(*key as usize * block.k_stride);
+            let mut sums = [S::splat(0.0); R];
+            let mut i = 0;
+            while i < d {
+                let k = if i + S::LANES <= d { S::load(k.add(i)) } else { S::load_partial(k.add(i), d - i) };
+                for (row, sum) in sums.iter_mut().enumerate() {
+                    *sum = S::fma(k, S::load(queries.add(row * padded + i)), *sum);
+                }
+                i += S::LANES;
+            }
+            for (row, sum) in sums.into_iter().enumerate() {
+                *scores.add(row * FEW_KEYS + j) = S::reduce_add(sum);
+            }
+        }
+    }
+}
+
+/// Scores of one row become weights; gives the new highest score, the new total and the factor for
+/// earlier results.
 ///
 /// # Safety
 /// The CPU has `S`.
@@ -595,42 +748,42 @@ unsafe fn soften_row<S: Simd>(scores: &mut [f32], highest: f32, total: f32) -> (
             i += lanes;
         }
         let factor = S::reduce_max(math::exp::<S>(S::splat(highest - top)));
-        (factor, top, total * factor + S::reduce_add(sums))
+        (top, total * factor + S::reduce_add(sums), factor)
     }
 }
 
-/// `ND` vectors of result · rescale + weights · values for `R` rows; gives how many columns that was.
+/// result (R, head_dim) += weights (R, keys) · values for `ND` vectors from `column` on; gives how many columns that was.
 ///
 /// # Safety
-/// As for [`by_head`]; `weights` are (R, FEW_KEYS), `result` begins at `column`; `lanes` of the last vector are in use.
+/// As for [`by_head`]; rows of `weights` are [`FEW_KEYS`] apart.
 #[inline(always)]
 unsafe fn few_values<S: Simd, const R: usize, const ND: usize>(
     block: &Block,
     keys: &[u32],
     column: usize,
-    lanes: usize,
     weights: *const f32,
-    rescale: [f32; R],
     result: *mut f32,
 ) -> usize {
     let padded = block.head_dim.next_multiple_of(S::LANES);
+    let is_whole = column + ND * S::LANES <= block.head_dim;
     // SAFETY: as for this function.
     unsafe {
+        let result = result.add(column);
         let mut sums = [[S::splat(0.0); ND]; R];
         for (row, sums) in sums.iter_mut().enumerate() {
             for (n, sum) in sums.iter_mut().enumerate() {
-                *sum = S::mul(S::load(result.add(row * padded + n * S::LANES)), S::splat(rescale[row]));
+                *sum = S::load(result.add(row * padded + n * S::LANES));
             }
         }
         for (j, key) in keys.iter().enumerate() {
             let v = block.v.add(*key as usize * block.v_stride + column);
             let mut values = [S::splat(0.0); ND];
-            if lanes == S::LANES {
+            if is_whole {
                 for (n, value) in values.iter_mut().enumerate() {
                     *value = S::load(v.add(n * S::LANES));
                 }
             } else {
-                values[0] = S::load_partial(v, lanes);
+                values[0] = S::load_partial(v, block.head_dim - column);
             }
             for (row, sums) in sums.iter_mut().enumerate() {
                 let weight = S::splat(*weights.add(row * FEW_KEYS + j));
@@ -661,73 +814,160 @@ pub(crate) fn attention(call: &Attention) -> Result<Vec<f32>, KernelError> {
 
 fn attention_on(isa: Isa, call: &Attention) -> Result<Vec<f32>, KernelError> {
     call.check()?;
-    let &Attention { batch, heads, kv_heads, queries, keys, head_dim, .. } = call;
-    let (group, width) = (heads / kv_heads, heads * head_dim);
-    let mut out = Vec::with_capacity(batch * queries * width);
-    if keys == 0 {
-        out.resize(batch * queries * width, 0.0);
-        return Ok(out);
+    let len = call.batch * call.queries * call.heads * call.head_dim;
+    if call.keys == 0 {
+        return Ok(vec![0.0; len]);
     }
-    let result = Shared(out.as_mut_ptr());
-    let every: Vec<u32> = if call.valid.is_none() { (0..keys as u32).collect() } else { Vec::new() };
-    // rows that share a head of keys: the heads of a group at a single query, else the queries of one head
-    let grouped = queries == 1;
-    let (lines, rows) = if grouped { (kv_heads, group) } else { (heads, queries) };
-    let most = if isa == Isa::Avx512 {
-        32
-    } else if isa == Isa::Avx2 {
-        16
+    let mut out = Vec::with_capacity(len);
+    let every: Vec<u32> = if call.valid.is_none() { (0..call.keys as u32).collect() } else { Vec::new() };
+    let index = |item: usize| call.valid.map_or(&*every, |valid| &valid[item]);
+    if call.queries == 1 {
+        one_query(isa, call, index, Shared(out.as_mut_ptr()));
     } else {
-        8
-    };
-    let blocks = rows.div_ceil(most);
-    let tasks = batch * lines * blocks;
+        many_queries(isa, call, index, Shared(out.as_mut_ptr()));
+    }
+    // SAFETY: every row of every head is in a block.
+    unsafe { out.set_len(len) };
+    Ok(out)
+}
+
+/// Rows of a block: two vectors.
+fn most_rows(isa: Isa) -> usize {
+    match isa {
+        Isa::Avx512 => 32,
+        Isa::Avx2 => 16,
+        Isa::Scalar | Isa::Neon => 8,
+    }
+}
+
+/// # Safety
+/// As for [`blocks_kernel`], which this calls with the thread's scratch.
+unsafe fn run_blocks(isa: Isa, blocks: &[Block], index: &[u32]) {
+    let Some(first) = blocks.first() else { return };
+    SCRATCH.with_borrow_mut(|scratch| {
+        let len = scratch_len(blocks.len(), most_rows(isa), first.head_dim);
+        if scratch.len() < len {
+            *scratch = Buffer::zeroed(len);
+        }
+        // SAFETY: as for this function.
+        unsafe { blocks_on(isa, blocks, index, scratch.as_mut_ptr()) };
+    });
+}
+
+impl Attention<'_> {
+    /// `rows` rows from `query` on of `head`, or from `head` on of the only query.
+    fn block(&self, item: usize, head: usize, query: usize, rows: usize, out: Shared) -> Block {
+        let &Self { heads, kv_heads, queries, head_dim, .. } = self;
+        let kv_head = head / (heads / kv_heads) * head_dim;
+        let stride = |row: usize| if queries == 1 { head_dim } else { row };
+        let at = |rows: &Strided, offset: usize| rows.data.as_ptr().wrapping_add(item * rows.batch + offset);
+        Block {
+            rows,
+            head_dim,
+            scale: self.scale,
+            q: at(&self.q, query * self.q.row + head * head_dim),
+            q_stride: stride(self.q.row),
+            k: at(&self.k, kv_head),
+            k_stride: self.k.row,
+            v: at(&self.v, kv_head),
+            v_stride: self.v.row,
+            bias: self
+                .bias
+                .map(|Bias { data, strides: [b, h, q] }| data.as_ptr().wrapping_add(item * b + head * h + query * q)),
+            bias_stride: self.bias.map_or(0, |bias| bias.strides[if queries == 1 { 1 } else { 2 }]),
+            out: out.get().wrapping_add(((item * queries + query) * heads + head) * head_dim),
+            out_stride: stride(heads * head_dim),
+            parts: None,
+            pattern: self.pattern,
+            position: self.position(query),
+            step: i64::from(queries > 1),
+        }
+    }
+}
+
+/// Tasks are runs of blocks that share a head of keys.
+fn many_queries<'a>(isa: Isa, call: &Attention, index: impl Fn(usize) -> &'a [u32] + Sync, out: Shared) {
+    let &Attention { batch, heads, kv_heads, queries, keys, .. } = call;
+    let (group, most) = (heads / kv_heads, most_rows(isa));
+    let blocks = queries.div_ceil(most);
+    // enough of them that threads end together
+    let lines = batch * kv_heads;
+    let parts =
+        (4 * pool::threads()).div_ceil(lines.max(1)).max((group * blocks).div_ceil(MOST_BLOCKS)).min(group * blocks);
+    let tasks = lines * parts;
     pool::run(tasks, |task| {
         // the longest of a causal pattern first
-        let task = tasks - 1 - task;
-        let (item, line, first) = (task / blocks / lines, task / blocks % lines, task % blocks * most);
-        let (head, query) = if grouped { (line * group + first, 0) } else { (line, first) };
-        let kv = item * call.k.batch + head / group * head_dim;
-        let kv_v = item * call.v.batch + head / group * head_dim;
-        let stride = |row: usize| if grouped { head_dim } else { row };
+        let (line, part) = (task / parts, parts - 1 - task % parts);
+        let item = line / kv_heads;
+        let range = group * blocks * part / parts..group * blocks * (part + 1) / parts;
+        let block = |i: usize| {
+            let (head, query) = (line % kv_heads * group + i / blocks, i % blocks * most);
+            call.block(item, head, query, most.min(queries - query), out)
+        };
+        let blocks: Vec<Block> = range.map(block).collect();
         // SAFETY: the set is one that the CPU has; `check` has seen that all rows lie within their slices; no two blocks
         // have a row in common.
         unsafe {
-            let block = Block {
-                rows: most.min(rows - first),
-                head_dim,
-                scale: call.scale,
-                q: call.q.data.as_ptr().add(item * call.q.batch + query * call.q.row + head * head_dim),
-                q_stride: stride(call.q.row),
-                k: call.k.data.as_ptr().add(kv),
-                k_stride: call.k.row,
-                v: call.v.data.as_ptr().add(kv_v),
-                v_stride: call.v.row,
-                bias: call.bias.map(|bias| {
-                    let [b, h, q] = bias.strides;
-                    bias.data.as_ptr().add(item * b + head * h + query * q)
-                }),
-                bias_stride: call.bias.map_or(0, |bias| bias.strides[if grouped { 1 } else { 2 }]),
-                out: result.get().add((item * queries + query) * width + head * head_dim),
-                out_stride: stride(width),
-                pattern: call.pattern,
-                position: call.position(query),
-                step: i64::from(!grouped),
-            };
-            let index = call.valid.map_or(&every, |valid| &valid[item]);
-            SCRATCH.with_borrow_mut(|scratch| {
-                let len = scratch_len(most, head_dim);
-                if scratch.len() < len {
-                    *scratch = Buffer::uninit(len);
-                }
-                block_on(isa, &block, index, scratch.as_mut_ptr().cast());
-            });
-            average_unseeing(&block, index, keys);
+            run_blocks(isa, &blocks, index(item));
+            for block in &blocks {
+                average_unseeing(block, index(item), keys);
+            }
         }
     });
-    // SAFETY: every row of every head is in a block.
-    unsafe { out.set_len(batch * queries * width) };
-    Ok(out)
+}
+
+/// Tasks are ranges of keys, for all heads, so that a cache is read from end to end; their results are then joined.
+fn one_query<'a>(isa: Isa, call: &Attention, index: impl Fn(usize) -> &'a [u32] + Sync, out: Shared) {
+    let &Attention { batch, heads, kv_heads, keys, head_dim, .. } = call;
+    let (group, most) = (heads / kv_heads, most_rows(isa));
+    let splits = keys.div_ceil(FEW_KEYS);
+    let blocks = group.div_ceil(most);
+    let width = heads * head_dim;
+    // for each item and range of keys: results and, per head, the highest score and the total
+    let mut partial: Buffer<MaybeUninit<f32>> = Buffer::uninit(batch * splits * (width + 2 * heads));
+    let partial = Shared(partial.as_mut_ptr().cast());
+    let part = |item: usize, split: usize| partial.get().wrapping_add((item * splits + split) * (width + 2 * heads));
+    // where there are few keys, the heads are shared out
+    let all = kv_heads * blocks;
+    let runs = (2 * pool::threads()).div_ceil((batch * splits).max(1)).min(all).max(all.div_ceil(MOST_BLOCKS));
+    pool::run(batch * splits * runs, |task| {
+        let (item, split, run) = (task / runs / splits, task / runs % splits, task % runs);
+        let block = |i: usize| {
+            let (kv_head, first) = (i / blocks, i % blocks * most);
+            let head = kv_head * group + first;
+            let whole = call.block(item, head, 0, most.min(group - first), out);
+            let part = part(item, split);
+            Block { out: part.wrapping_add(head * head_dim), parts: Some(part.wrapping_add(width + 2 * head)), ..whole }
+        };
+        let blocks: Vec<Block> = (all * run / runs..all * (run + 1) / runs).map(block).collect();
+        let index = index(item);
+        let index = &index[(split * FEW_KEYS).min(index.len())..((split + 1) * FEW_KEYS).min(index.len())];
+        // SAFETY: as in `many_queries`.
+        unsafe { run_blocks(isa, &blocks, index) };
+    });
+    pool::run(batch, |item| {
+        for head in 0..heads {
+            let block = call.block(item, head, 0, 1, out);
+            // SAFETY: all parts were written, and this head's output is written here alone.
+            unsafe {
+                let moments = |split: usize| {
+                    let at = part(item, split).wrapping_add(width + 2 * head);
+                    (*at, *at.add(1))
+                };
+                let top = (0..splits).map(|split| moments(split).0).fold(f32::MIN, f32::max);
+                let factor = |split: usize| (moments(split).0 - top).exp();
+                let total: f32 = (0..splits).map(|split| moments(split).1 * factor(split)).sum();
+                let out = std::slice::from_raw_parts_mut(block.out, head_dim);
+                out.fill(0.0);
+                for split in 0..splits {
+                    let factor = factor(split) / total;
+                    let result = std::slice::from_raw_parts(part(item, split).add(head * head_dim), head_dim);
+                    out.iter_mut().zip(result).for_each(|(out, result)| *out += result * factor);
+                }
+                average_unseeing(&block, index(item), keys);
+            }
+        }
+    });
 }
 
 /// Rows that see no key get the mean of all values.

@@ -351,9 +351,7 @@ const fn tile_rows(registers: usize) -> usize {
 const MAX_ROWS: usize = 12;
 const MAX_WIDTH: usize = 32;
 
-/// Up to so many rows the product waits for W, so the kernel asks for it some way ahead.
-const STREAMED_ROWS: usize = 8;
-/// How far, in bytes.
+/// How far ahead of its use W is asked for, in bytes.
 const AHEAD: usize = 8192;
 
 /// A tile on its way through memory.
@@ -471,12 +469,10 @@ impl<E: Element, const M: usize> Kernel for Tile<'_, E, M> {
             let mut sums = [[S::splat(0.0); VECTORS]; M];
             for p in 0..steps {
                 let w: [S::F; VECTORS] = std::array::from_fn(|j| E::load::<S>(b.add((p * VECTORS + j) * S::LANES)));
-                if M <= STREAMED_ROWS {
-                    let ahead = b.wrapping_add(p * VECTORS * S::LANES).wrapping_byte_add(AHEAD).cast::<f32>();
-                    S::prefetch(ahead);
-                    if VECTORS * S::LANES * size_of::<E>() > 64 {
-                        S::prefetch(ahead.wrapping_add(16));
-                    }
+                let ahead = b.wrapping_add(p * VECTORS * S::LANES).wrapping_byte_add(AHEAD).cast::<f32>();
+                S::prefetch(ahead);
+                if VECTORS * S::LANES * size_of::<E>() > 64 {
+                    S::prefetch(ahead.wrapping_add(16));
                 }
                 let mut four = a.add(p);
                 for i in 0..M {

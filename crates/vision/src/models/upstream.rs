@@ -1,6 +1,8 @@
 //! The stock models of `candle-transformers` behind our sessions: what anyone on candle runs today, on the same weights
 //! and inputs.
 
+use std::collections::BTreeMap;
+
 use candle_nn::VarBuilder;
 use candle_transformers::models::vit as stock;
 use roofbench_core::cost::PhaseCost;
@@ -77,5 +79,9 @@ impl Session for StockViT {
 
     fn cost(&self, call: &Call) -> Result<Vec<PhaseCost>, SessionError> {
         forward_cost(&self.cfg, self.kind, &Pixels::read(&self.cfg, call)?, self.spec.dtype)
+    }
+
+    fn paths(&self) -> BTreeMap<String, String> {
+        [("all".to_owned(), "candle".to_owned())].into()
     }
 }

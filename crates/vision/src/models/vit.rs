@@ -2,6 +2,8 @@
 //! attention.
 //! Source: ViT (arXiv:2010.11929). Mirrors `transformers.ViTModel` and `ViTForImageClassification`.
 
+use std::collections::BTreeMap;
+
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 use roofbench_core::cost::{self, Cost, Norm, PhaseCost};
@@ -17,7 +19,7 @@ use serde::Deserialize;
 
 use super::{HeightWidth, activation_dtype};
 use crate::classify::label_count;
-use crate::session::{Inputs, SessionResult, refuse};
+use crate::session::{Inputs, SessionResult, paths, refuse};
 
 /// The classes that run.
 pub const CLASSES: &[&str] = &["ViTModel", "ViTForImageClassification"];
@@ -116,7 +118,7 @@ impl ViTConfig {
         if let Some((field, size)) = sizes.into_iter().find(|(_, size)| !(1..=LARGEST).contains(size)) {
             return Err(invalid(field, format!("{size} is not in 1..={LARGEST}")));
         }
-        if cfg.hidden_size % cfg.num_attention_heads != 0 {
+        if !cfg.hidden_size.is_multiple_of(cfg.num_attention_heads) {
             let heads = cfg.num_attention_heads;
             return Err(invalid(
                 "hidden_size",
@@ -321,6 +323,7 @@ pub struct ViTModel {
     kind: HeadKind,
     dtype: DType,
     device: Device,
+    paths: BTreeMap<String, String>,
 }
 
 impl ViTModel {
@@ -343,6 +346,7 @@ impl ViTModel {
             kind,
             dtype: spec.dtype,
             device: spec.device.clone(),
+            paths: paths(spec),
             cfg,
         })
     }
@@ -410,6 +414,10 @@ impl Session for ViTModel {
 
     fn cost(&self, call: &Call) -> SessionResult<Vec<PhaseCost>> {
         forward_cost(&self.cfg, self.kind, &Pixels::read(&self.cfg, call)?, self.dtype)
+    }
+
+    fn paths(&self) -> BTreeMap<String, String> {
+        self.paths.clone()
     }
 }
 
@@ -563,7 +571,7 @@ mod tests {
             "image_size": 224, "patch_size": 16, "num_channels": 3, "num_labels": 1000,
         });
         let cost = cost_of("ViTForImageClassification", base.clone(), &call([1, 3, 224, 224], false));
-        // torchvision's documentation of vit_b_16: 17.56 billion multiply-adds, which leaves out norms, softmax and GELU
+        // torchvision's documentation of vit_b_16: 17.56 billion multiply-adds, without norms, softmax and GELU
         let published = 2.0 * 17.564e9;
         let ratio = cost.flops as f64 / published;
         assert!((1.0..1.01).contains(&ratio), "{} FLOP, {ratio} of the published count", cost.flops);
@@ -611,11 +619,31 @@ mod tests {
         );
     }
 
+    fn synthetic_model(spec: &ModelSpec) -> SessionResult<ViTModel> {
+        let weights = Weights::open(&Source::Synthetic { seed: 0 }, ALIASES, &spec.class, &HubOptions::from_env())?;
+        ViTModel::load(spec, weights.var_builder(spec.dtype, &spec.device))
+    }
+
+    #[test]
+    fn half_precision_weights_give_nearly_the_same() -> SessionResult<()> {
+        let mut spec = spec("ViTForImageClassification", json!({}));
+        let call = call([2, 1, 4, 4], false);
+        let exact = synthetic_model(&spec)?.call(&call, &mut Unobserved)?.remove("logits").expect("logits");
+        for dtype in [DType::BF16, DType::F16] {
+            spec.dtype = dtype;
+            let mut model = synthetic_model(&spec)?;
+            let logits = model.call(&call, &mut Unobserved)?.remove("logits").expect("logits");
+            let error = (logits - &exact)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+            // each weight is off by at most 2^-9 of itself in bf16; logits are of order 1, four layers deep
+            assert!(error > 0.0 && error < 3e-2, "{dtype:?}: {error}");
+        }
+        Ok(())
+    }
+
     #[test]
     fn a_batch_equals_its_items_alone() -> SessionResult<()> {
         let spec = spec("ViTModel", json!({"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}));
-        let weights = Weights::open(&Source::Synthetic { seed: 0 }, ALIASES, &spec.class, &HubOptions::from_env())?;
-        let mut model = ViTModel::load(&spec, weights.var_builder(spec.dtype, &spec.device))?;
+        let mut model = synthetic_model(&spec)?;
         let batch = call([3, 1, 6, 4], true);
         let together = model.call(&batch, &mut Unobserved)?;
         for item in 0..3 {

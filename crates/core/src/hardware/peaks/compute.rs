@@ -61,6 +61,7 @@ fn portable(iterations: u64) -> f64 {
 }
 
 /// Defines a kernel: its target features, the vector of a sum with its lanes, how many sums, the operand, and the step.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! kernel {
     ($name:ident, $features:literal, $vector:ty as [$lane:ty; $lanes:literal], $sums:literal sums of $zero:expr,
      $one:ident = $operand:expr, $sum:ident => $step:expr) => {
@@ -82,6 +83,7 @@ macro_rules! kernel {
 }
 
 /// The list entry for a kernel, if the CPU has its features.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 macro_rules! offer {
     ($detect:ident: $($feature:tt),* => $dtype:literal, $path:literal, $name:ident) => {
         ($(std::arch::$detect!($feature))&&*).then_some(Kernel {

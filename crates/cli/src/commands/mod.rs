@@ -1,0 +1,10 @@
+//! One file per command.
+
+pub(crate) mod list;
+pub(crate) mod probe;
+pub(crate) mod report;
+pub(crate) mod run;
+pub(crate) mod verify;
+
+/// The hidden command that `run` starts for each cell.
+pub(crate) const WORKER: &str = "measure-cell";

@@ -1,0 +1,111 @@
+//! Whether a cell fits in memory, asked before its weights are touched.
+
+use roofbench_core::hardware::Machine;
+use roofbench_core::session::Engine;
+use roofbench_core::workload::InputSpec;
+
+use crate::arguments::DeviceArg;
+use crate::job::{Job, WeightsJob};
+use crate::ui;
+
+/// Weights packed for the kernels are padded to whole panels, and the tensor at hand exists twice while it is packed.
+const PACKING: f64 = 1.1;
+/// Activations alive at once, in multiples of one layer's widest: input, result, residual, attention, scratch.
+const LIVE: f64 = 8.0;
+/// The program, its thread stacks, and the allocator's slack.
+const BASE_BYTES: f64 = 64e6;
+
+/// What a cell is estimated to need, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Estimate {
+    /// Weights as the kernels keep them.
+    pub(crate) weights: f64,
+    /// Activations, key-value cache and inputs.
+    pub(crate) activations: f64,
+}
+
+impl Estimate {
+    /// Everything.
+    pub(crate) fn total(self) -> f64 {
+        self.weights + self.activations + BASE_BYTES
+    }
+}
+
+/// The estimate for `job`: from its parameters (or the size of its files) and the sizes in its config.
+pub(crate) fn estimate(job: &Job) -> Estimate {
+    let element = job.dtype.dtype().size_in_bytes() as f64;
+    let stored = match (&job.weights, job.parameters) {
+        (_, Some(parameters)) => parameters as f64 * element,
+        (WeightsJob::Local { path, .. }, None) => folder_bytes(path),
+        (_, None) => 0.0,
+    };
+    Estimate { weights: stored * PACKING, activations: activations(job) }
+}
+
+/// A refusal with its numbers when `job` can't fit in what `machine` has.
+pub(crate) fn refusal(job: &Job, machine: &Machine) -> Option<String> {
+    let estimate = estimate(job);
+    let (available, place) = match job.device {
+        // Metal's memory is the CPU's.
+        DeviceArg::Cpu | DeviceArg::Metal => (machine.memory.available_bytes?, "available memory"),
+        DeviceArg::Cuda(index) => (machine.gpus.get(index)?.memory_bytes?, "the GPU's memory"),
+    };
+    (estimate.total() > available as f64).then(|| {
+        let parameters = job.parameters.map_or_else(String::new, |n| format!("{} parameters in ", ui::large(n as f64)));
+        format!(
+            "would not fit: about {} needed ({parameters}{} with packing {}, activations {}), {place} is {}; \
+             a narrower --dtype, a smaller --batch or another --checkpoint may fit",
+            ui::bytes(estimate.total()),
+            job.dtype.name(),
+            ui::bytes(estimate.weights),
+            ui::bytes(estimate.activations),
+            ui::bytes(available as f64),
+        )
+    })
+}
+
+/// A rough count from what configs have in common; pictures and sound are taken as growing 32-fold in the first layers.
+fn activations(job: &Job) -> f64 {
+    const F32: f64 = 4.0;
+    const GROWTH: f64 = 32.0;
+    let number = |fields: &[&str]| -> f64 {
+        let parts = [&job.config, &job.config["text_config"], &job.config["decoder"]];
+        let found = parts.iter().find_map(|part| fields.iter().find_map(|field| part[*field].as_f64()));
+        found.unwrap_or(0.0)
+    };
+    let hidden = number(&["hidden_size", "d_model", "n_embd"]);
+    let inner = number(&["intermediate_size", "d_ff", "n_inner", "ffn_dim", "encoder_ffn_dim"]).max(4.0 * hidden);
+    let layers = number(&["num_hidden_layers", "n_layer", "n_layers", "num_layers"]);
+    let (heads, vocab) = (number(&["num_attention_heads", "n_head", "num_heads"]), number(&["vocab_size"]));
+    let (mut total, mut tokens) = (0.0, 0.0f64);
+    for spec in job.cell.inputs.values() {
+        let elements: f64 = spec.shape().iter().map(|&n| n as f64).product();
+        match spec {
+            InputSpec::Tokens { .. } => tokens = tokens.max(elements),
+            InputSpec::Floats { .. } => total += elements * F32 * GROWTH,
+            _ => total += elements * F32,
+        }
+    }
+    let new = (job.cell.new_tokens.unwrap_or(0) * job.cell.batch) as f64;
+    let logits = if job.cell.new_tokens.is_some() { job.cell.batch as f64 } else { tokens } * vocab;
+    // Our attention goes over blocks; the stock one keeps all scores.
+    let scores = match job.engine {
+        Engine::Roofbench => 0.0,
+        Engine::CandleTransformers => tokens / job.cell.batch as f64 * tokens * heads,
+    };
+    let cache = if job.cell.new_tokens.is_some() { 2.0 * layers * (tokens + new) * hidden } else { 0.0 };
+    total + F32 * (tokens * inner * LIVE + scores + logits + cache)
+}
+
+/// Bytes of the weight files in a folder, or of one file; 0 where nothing can be read, which opening it will report.
+fn folder_bytes(path: &std::path::Path) -> f64 {
+    let is_weights = |path: &std::path::Path| {
+        path.extension().is_some_and(|extension| extension == "safetensors" || extension == "bin")
+    };
+    let size = |path: &std::path::Path| std::fs::metadata(path).map_or(0, |data| data.len()) as f64;
+    if path.is_file() {
+        return size(path);
+    }
+    let entries = std::fs::read_dir(path).into_iter().flatten().filter_map(Result::ok).map(|entry| entry.path());
+    entries.filter(|path| is_weights(path)).map(|path| size(&path)).sum()
+}

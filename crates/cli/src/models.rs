@@ -1,0 +1,153 @@
+//! Which crate runs a family: the one place that knows.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use candle_core::{Device, Tensor};
+use roofbench_core::record::Build;
+use roofbench_core::reference;
+use roofbench_core::session::{Engine, ModelSpec, Processor, Session, SessionError, Tensors};
+use roofbench_core::weights::{AliasRule, Weights};
+use serde_json::Value;
+
+/// A modality's crate as this program uses it.
+struct Modality {
+    families: &'static [&'static str],
+    classes: fn(&str) -> &'static [&'static str],
+    aliases: fn(&ModelSpec) -> &'static [AliasRule],
+    load: fn(&ModelSpec, &Weights) -> Result<Box<dyn Session>, SessionError>,
+    processor: Option<ProcessorOf>,
+}
+
+/// Builds the processor of a family from the `*config.json` files of its repository.
+type ProcessorOf = fn(&str, &BTreeMap<String, Value>) -> Result<Box<dyn Processor>, SessionError>;
+
+/// The crates that this build has.
+const MODALITIES: &[Modality] = &[
+    #[cfg(feature = "text")]
+    Modality {
+        families: roofbench_text::FAMILIES,
+        classes: roofbench_text::classes,
+        aliases: roofbench_text::aliases,
+        load: roofbench_text::load,
+        processor: None,
+    },
+    #[cfg(feature = "vision")]
+    Modality {
+        families: roofbench_vision::FAMILIES,
+        classes: roofbench_vision::classes,
+        aliases: |spec| roofbench_vision::aliases(&spec.family),
+        load: roofbench_vision::load,
+        processor: Some(roofbench_vision::processor),
+    },
+];
+
+fn modality(family: &str) -> Option<&'static Modality> {
+    MODALITIES.iter().find(|modality| modality.families.contains(&family))
+}
+
+/// Whether this build has a model of `family`.
+pub(crate) fn runs(family: &str) -> bool {
+    modality(family).is_some()
+}
+
+/// Families that this build has models of.
+pub(crate) fn families() -> impl Iterator<Item = &'static str> {
+    MODALITIES.iter().flat_map(|modality| modality.families.iter().copied())
+}
+
+/// The `transformers` classes of `family` that run.
+pub(crate) fn classes(family: &str) -> &'static [&'static str] {
+    modality(family).map_or(&[], |modality| (modality.classes)(family))
+}
+
+/// Builds models and processors of every family that this build has.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Models;
+
+impl reference::Models for Models {
+    fn aliases(&self, spec: &ModelSpec) -> &'static [AliasRule] {
+        modality(&spec.family).map_or(&[], |modality| (modality.aliases)(spec))
+    }
+
+    fn load(&self, spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, SessionError> {
+        let modality = modality(&spec.family).ok_or_else(|| not_here(&spec.family))?;
+        (modality.load)(spec, weights)
+    }
+
+    fn processor(&self, family: &str, configs: &BTreeMap<String, Value>) -> Result<Box<dyn Processor>, SessionError> {
+        let processor = modality(family).ok_or_else(|| not_here(family))?.processor;
+        let processor = processor.ok_or_else(|| SessionError::UnsupportedEngine {
+            family: family.to_owned(),
+            reason: "has no processor for raw inputs; give tensors".to_owned(),
+        })?;
+        processor(family, configs)
+    }
+}
+
+fn not_here(family: &str) -> SessionError {
+    let families: Vec<_> = families().collect();
+    SessionError::UnsupportedEngine {
+        family: family.to_owned(),
+        reason: format!("this build has no model of it; it runs {}", families.join(", ")),
+    }
+}
+
+/// The name of an engine as records and flags spell it.
+pub(crate) fn engine_name(engine: Engine) -> &'static str {
+    match engine {
+        Engine::Roofbench => "roofbench",
+        Engine::CandleTransformers => "candle-transformers",
+    }
+}
+
+/// Turns `texts` into `input_ids` and their masks, by a checkpoint's `tokenizer.json`.
+///
+/// # Errors
+/// The file can't be read; or this build has no text models.
+pub(crate) fn encoder(
+    tokenizer: &Path,
+    texts: &[String],
+    device: &Device,
+) -> Result<Box<dyn Fn() -> Result<Tensors, SessionError>>, SessionError> {
+    #[cfg(feature = "text")]
+    return {
+        let tokenizer = roofbench_text::tokenize::Tokenizer::from_file(tokenizer)?;
+        let (texts, device) = (texts.to_vec(), device.clone());
+        Ok(Box::new(move || tokenizer.encode(&texts, &device)))
+    };
+    #[cfg(not(feature = "text"))]
+    return Err(SessionError::File {
+        path: tokenizer.to_owned(),
+        reason: format!("this build reads no text ({} on {device:?}); build it with --features text", texts.len()),
+    });
+}
+
+/// Cosine similarities (texts, texts) of the mean over tokens of `hidden` (texts, seq, hidden).
+///
+/// # Errors
+/// Shapes that don't fit; or this build has no text models.
+pub(crate) fn similarities(hidden: &Tensor, mask: &Tensor) -> candle_core::Result<Tensor> {
+    #[cfg(feature = "text")]
+    return {
+        use roofbench_text::tasks::{cosine_similarities, mean_pool};
+        cosine_similarities(&mean_pool(&hidden.to_dtype(candle_core::DType::F32)?, mask)?)
+    };
+    #[cfg(not(feature = "text"))]
+    candle_core::bail!("this build reads no text ({hidden}, {mask})");
+}
+
+/// The build of this program.
+pub(crate) fn build() -> Build {
+    let features = [
+        ("text", cfg!(feature = "text")),
+        ("vision", cfg!(feature = "vision")),
+        ("cuda", cfg!(feature = "cuda")),
+        ("cudnn", cfg!(feature = "cudnn")),
+        ("metal", cfg!(feature = "metal")),
+        ("mkl", cfg!(feature = "mkl")),
+        ("accelerate", cfg!(feature = "accelerate")),
+    ];
+    let features: Vec<&str> = features.into_iter().filter(|(_, on)| *on).map(|(name, _)| name).collect();
+    Build::current(Some(env!("ROOFBENCH_COMMIT")), &features)
+}

@@ -1,0 +1,305 @@
+//! The process that measures one cell: reads its job, loads, measures, and tells its record.
+
+use std::collections::BTreeMap;
+use std::io::{BufRead, Write};
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use candle_core::{DType, Tensor};
+use roofbench_core::catalog::Cell;
+use roofbench_core::hardware::{self, Conditions, conditions};
+use roofbench_core::harness::{self, Env, HarnessError};
+use roofbench_core::meters::{Meters, clock};
+use roofbench_core::record::{Outcome, Record, SCHEMA_VERSION, Settings, Subject, Warning};
+use roofbench_core::reference::Models as _;
+use roofbench_core::session::{Arguments, Call, Engine, ModelSpec, Session, SessionError, Tensors, Unobserved};
+use roofbench_core::stats;
+use roofbench_core::weights::{Source, Weights};
+use roofbench_core::workload::{self, InputSpec};
+use roofbench_nn::pool::{self, Pinning, PoolConfig};
+
+use crate::arguments::EXIT_INTERRUPTED;
+use crate::job::{Job, Message, RawInput, STOP, WeightsJob};
+use crate::models::{Models, engine_name};
+use crate::{answers, memory, models, plan, ui};
+
+/// Set when the planning process asks to finish.
+static STOPPED: AtomicBool = AtomicBool::new(false);
+
+/// How often progress is told; more would only disturb the measurement.
+const TELL_EVERY: Duration = Duration::from_millis(200);
+
+/// Measures the job on standard input.
+///
+/// # Errors
+/// There is no job, or nobody to tell the result. What goes wrong with the cell is in its record.
+pub(crate) fn run() -> anyhow::Result<ExitCode> {
+    let mut line = String::new();
+    std::io::stdin().lock().read_line(&mut line).context("reading the job")?;
+    let job: Job = serde_json::from_str(&line).context("this command is started by `roofbench run`; its job")?;
+    std::thread::spawn(|| {
+        let mut line = String::new();
+        while let Ok(1..) = std::io::stdin().lock().read_line(&mut line) {
+            if line.trim() == STOP {
+                STOPPED.store(true, Ordering::Relaxed);
+            }
+            line.clear();
+        }
+        // The planning process is gone, and with it whoever would keep the record.
+        std::process::exit(EXIT_INTERRUPTED.into());
+    });
+
+    let started_at = clock::utc_now();
+    let mut found = Found::default();
+    let outcome = match measure(&job, &mut found) {
+        Ok(outcome) => outcome,
+        Err(error) if matches!(error.downcast_ref(), Some(HarnessError::Interrupted { .. })) => {
+            return Ok(ExitCode::from(EXIT_INTERRUPTED));
+        }
+        Err(error) => match unsupported(&error) {
+            Some(reason) => Outcome::Skipped { reason },
+            None => Outcome::Failed { error: ui::chain(&error) },
+        },
+    };
+    let mut record = record(&job, started_at, outcome);
+    record.settings.effective.extend(found.effective);
+    record.warnings = found.warnings;
+    record.subject.cell = found.cell.unwrap_or(record.subject.cell);
+    tell(&Message::Record(Box::new(record)))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The record of `job` with what is known before it runs.
+pub(crate) fn record(job: &Job, started_at: String, outcome: Outcome) -> Record {
+    let effective = [
+        ("dtype", job.dtype.name().to_owned()),
+        ("threads", job.threads.to_string()),
+        ("device", job.device.to_string()),
+        ("engine", engine_name(job.engine).to_owned()),
+    ];
+    Record {
+        schema_version: SCHEMA_VERSION,
+        started_at,
+        subject: Subject {
+            family: job.family.clone(),
+            modality: job.modality,
+            checkpoint: job.checkpoint.clone(),
+            class: job.class.clone(),
+            parameters: job.parameters,
+            cell: job.cell.clone(),
+            engine: job.engine,
+        },
+        settings: Settings {
+            requested: job.requested.clone(),
+            effective: effective.map(|(name, value)| (name.to_owned(), value)).into(),
+        },
+        outcome,
+        warnings: Vec::new(),
+        machine: job.machine.clone(),
+        build: models::build(),
+    }
+}
+
+/// What is learnt on the way, kept whatever the outcome.
+#[derive(Default)]
+struct Found {
+    effective: BTreeMap<String, String>,
+    warnings: Vec<Warning>,
+    /// The cell with the inputs that raw ones became.
+    cell: Option<Cell>,
+}
+
+impl Found {
+    fn note(&mut self, name: &str, value: impl Into<String>) {
+        self.effective.insert(name.to_owned(), value.into());
+    }
+}
+
+/// Loads the model and measures it, or says why it can't be.
+fn measure(job: &Job, found: &mut Found) -> anyhow::Result<Outcome> {
+    let pin = if job.pin { Pinning::Compact } else { Pinning::None };
+    pool::configure(PoolConfig { threads: job.threads, pin }).context("--threads, --pin")?;
+    found.note("pinning", if job.pin { "one CPU per thread" } else { "none" });
+    let device = job.device.open()?;
+    if let Some(reason) = memory::refusal(job, &hardware::probe()) {
+        return Ok(Outcome::Skipped { reason });
+    }
+    let spec = ModelSpec {
+        family: job.family.clone(),
+        class: job.class.clone(),
+        config: job.config.clone(),
+        extra_configs: job.extra_configs.clone(),
+        dtype: job.dtype.dtype(),
+        device: device.clone(),
+        engine: job.engine,
+    };
+
+    let mut meters = Meters::open(&device);
+    let clock = clock::Monotonic;
+    let mut told = Instant::now();
+    let mut progress = |progress: harness::Progress| {
+        if told.elapsed() >= TELL_EVERY {
+            told = Instant::now();
+            status(&shown(progress));
+        }
+    };
+    let mut env = Env {
+        clock: &clock,
+        meters: meters.as_mut_slice(),
+        sync: &|| device.synchronize(),
+        interrupted: &|| STOPPED.load(Ordering::Relaxed),
+        progress: &mut progress,
+    };
+
+    status("loading");
+    let ((mut session, weights), load) = harness::timed(&mut env, || load(job, &spec))?;
+    found.note("weights", weights.describe().source);
+    found.effective.extend(session.paths().into_iter().map(|(kind, path)| (format!("path.{kind}"), path)));
+
+    let (call, answer) = call(job, &spec, &weights, found)?;
+    let plan = job.sampling.plan();
+    let before = Conditions::now();
+    let measurement = harness::measure(&mut *session, &call, load, &plan, &mut env)?;
+    let threads = u32::try_from(job.threads).unwrap_or(u32::MAX);
+    found.warnings.extend(conditions::between(&before, &Conditions::now(), threads));
+    found.warnings.extend(harness::warnings(&measurement, &plan));
+    if let Some(preparation) = answer
+        && !STOPPED.load(Ordering::Relaxed)
+    {
+        let outputs = session.call(&call, &mut Unobserved)?;
+        tell(&Message::Answer(preparation))?;
+        if let Some(raw) = &job.raw
+            && let Some(text) = answers::describe(raw, &call.inputs, &outputs, &job.config)?
+        {
+            tell(&Message::Answer(text))?;
+        }
+    }
+    Ok(Outcome::Measured(Box::new(measurement)))
+}
+
+fn load(job: &Job, spec: &ModelSpec) -> Result<(Box<dyn Session>, Weights), SessionError> {
+    let (source, ignore_extra, offline) = match &job.weights {
+        WeightsJob::Synthetic { seed } => (Source::Synthetic { seed: *seed }, false, true),
+        WeightsJob::Local { path, ignore_extra } => (Source::Local { path: path.clone() }, *ignore_extra, true),
+        // The planning process has fetched it.
+        WeightsJob::Hub { repository, revision, ignore_extra } => {
+            (Source::Hub { repository: repository.clone(), revision: revision.clone() }, *ignore_extra, true)
+        }
+    };
+    let weights = Weights::open(&source, Models.aliases(spec), &spec.class, &plan::hub_options(offline))?;
+    let session = Models.load(spec, &weights)?;
+    weights.check_complete(ignore_extra)?;
+    Ok((session, weights))
+}
+
+/// The call that the cell means, and for real inputs a line on how long it took to prepare them.
+fn call(job: &Job, spec: &ModelSpec, weights: &Weights, found: &mut Found) -> anyhow::Result<(Call, Option<String>)> {
+    let mut arguments = job.cell.arguments.clone();
+    if let Some(new_tokens) = job.cell.new_tokens {
+        arguments.extend(["max_new_tokens", "min_new_tokens"].map(|name| (name.to_owned(), new_tokens.into())));
+    }
+    let method = match job.cell.name.split('/').next().unwrap_or_default() {
+        "encode-decode" => "forward",
+        method => method,
+    };
+    let (inputs, answer) = match &job.raw {
+        None => {
+            // On the CPU our models compute in f32, whatever the weights are kept in.
+            let own = spec.device.is_cpu() && spec.engine == Engine::Roofbench;
+            let dtype = if own { DType::F32 } else { spec.dtype };
+            found.note("inputs", format!("drawn from seed {}", job.seed));
+            (workload::draw(&job.cell, &spec.config, dtype, &spec.device, job.seed)?, None)
+        }
+        Some(raw) => {
+            let (inputs, seconds) = prepared(raw, spec, weights)?;
+            let what = match raw {
+                RawInput::Texts(_) => "tokenization",
+                RawInput::Images(_) => "preprocessing",
+            };
+            let time = ui::time(seconds);
+            found.note(what, time.clone());
+            found.note("inputs", "given on the command line");
+            found.cell = Some(Cell { inputs: specs(&inputs), ..job.cell.clone() });
+            let shapes: Vec<_> = inputs.iter().map(|(name, x)| format!("{name} {:?}", x.dims())).collect();
+            (inputs, Some(format!("{what}: {time} for the batch, not part of the latency; {}", shapes.join(", "))))
+        }
+    };
+    Ok((Call { method: method.to_owned(), inputs, arguments }, answer))
+}
+
+/// The tensors of raw inputs, and the median time to make them, in seconds.
+fn prepared(raw: &RawInput, spec: &ModelSpec, weights: &Weights) -> anyhow::Result<(Tensors, f64)> {
+    const REPEATS: usize = 9;
+    let prepare: Box<dyn Fn() -> Result<Tensors, SessionError>> = match raw {
+        RawInput::Texts(texts) => {
+            let path = weights.file("tokenizer.json").with_context(|| {
+                let source = weights.describe().source;
+                format!(
+                    "--text: {source} has no tokenizer.json, which turns text into tokens; put it beside the weights"
+                )
+            })?;
+            models::encoder(&path, texts, &spec.device)?
+        }
+        RawInput::Images(paths) => {
+            let processor = Models.processor(&spec.family, &spec.extra_configs).context("--image")?;
+            let files = BTreeMap::from([("images".to_owned(), paths.clone())]);
+            let device = spec.device.clone();
+            Box::new(move || {
+                let tensors = processor.call("preprocess", &files, &Tensors::new(), &Arguments::new())?;
+                tensors.into_iter().map(|(name, tensor)| Ok((name, tensor.to_device(&device)?))).collect()
+            })
+        }
+    };
+    let mut times = Vec::new();
+    loop {
+        let began = Instant::now();
+        let tensors = prepare()?;
+        times.push(u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX));
+        if times.len() == REPEATS {
+            return Ok((tensors, stats::median(&times).unwrap_or_default() * 1e-9));
+        }
+    }
+}
+
+/// What a record says of inputs that were not drawn: their shapes, by the kind that each comes nearest to.
+fn specs(inputs: &Tensors) -> BTreeMap<String, InputSpec> {
+    let spec = |(name, tensor): (&String, &Tensor)| {
+        let shape = tensor.dims().to_vec();
+        let spec = match name.as_str() {
+            "input_ids" => InputSpec::Tokens { tokens: shape, image_tokens: None },
+            "token_type_ids" => InputSpec::Zeros { zeros: shape },
+            _ if tensor.dtype().is_int() => InputSpec::Ones { ones: shape },
+            _ => InputSpec::Floats { floats: shape },
+        };
+        (name.clone(), spec)
+    };
+    inputs.iter().map(spec).collect()
+}
+
+fn shown(progress: harness::Progress) -> String {
+    let spread = progress.spread.map_or_else(String::new, |spread| format!(" ±{:.1} %", 100.0 * spread));
+    format!("{} {} · {}{spread}", progress.stage, progress.calls, ui::time(progress.last_ns as f64 * 1e-9))
+}
+
+/// The reason, when the error is that an engine has no such model: nothing failed, there is nothing to run.
+fn unsupported(error: &anyhow::Error) -> Option<String> {
+    let source = match error.downcast_ref()? {
+        error @ SessionError::UnsupportedEngine { .. } => error,
+        _ => return None,
+    };
+    Some(source.to_string())
+}
+
+fn status(text: &str) {
+    // Progress that nobody reads is no reason to stop.
+    let _ = tell(&Message::Status(text.to_owned()));
+}
+
+fn tell(message: &Message) -> anyhow::Result<()> {
+    let mut line = serde_json::to_string(message).context("writing a message")?;
+    line.push('\n');
+    let mut out = std::io::stdout().lock();
+    out.write_all(line.as_bytes()).and_then(|()| out.flush()).context("telling the planning process")
+}

@@ -1,0 +1,47 @@
+//! Tasks of the workspace, run as `cargo xtask TASK`. This file only dispatches; each task is a file.
+
+mod bench_all;
+mod checkpoint;
+mod ci;
+mod docs;
+mod process;
+mod tidy;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", about = "Tasks of the roofbench workspace")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Measures every cell of the catalog, each in its own process, and reports on all 36 families
+    BenchAll(bench_all::Arguments),
+    /// Unpacks a small published checkpoint under target/checkpoints, for tests on real weights
+    Checkpoint,
+    /// Runs exactly what a crate's CI job runs
+    Ci(ci::Arguments),
+    /// Writes the generated documents: docs/models.md and docs/record.schema.json
+    Docs(docs::Arguments),
+    /// Checks what the compiler can't: crate edges, homes of libraries, unsafe code, the catalog's rows
+    Tidy,
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().task {
+        Task::BenchAll(arguments) => bench_all::run(&arguments),
+        Task::Checkpoint => checkpoint::run().map(|()| ExitCode::SUCCESS),
+        Task::Ci(arguments) => ci::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Task::Docs(arguments) => docs::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Task::Tidy => tidy::run().map(|()| ExitCode::SUCCESS),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}

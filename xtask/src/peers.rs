@@ -1,0 +1,402 @@
+//! `cargo xtask peers`: our cells and those of other engines in alternation, on the same weights, inputs and threads.
+//!
+//! Every engine is a process that loads the cell once, says how far its outputs lie from ours, and then runs a few calls
+//! whenever it is asked; the others sleep meanwhile. A round asks each once, in turn, so that a drift of the machine meets
+//! all of them. Results are kept per CPU model in `docs/performance/`, and `docs/performance.md` is made from those.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, Command, ExitCode, Stdio};
+
+use anyhow::{Context, bail, ensure};
+use roofbench_core::catalog::{self, Cell, Family};
+use roofbench_core::hardware::{self, peaks};
+use roofbench_core::meters::clock;
+use roofbench_core::stats;
+use serde::{Deserialize, Serialize};
+
+use crate::process;
+
+/// Nanoseconds that one engine runs for in one round.
+const BURST_NS: u64 = 700_000_000;
+const OURS: &str = "roofbench";
+const ENGINES: [&str; 5] = ["torch-eager", "torch-compile", "onnxruntime", "openvino", "candle-transformers"];
+
+#[derive(clap::Args)]
+#[command(after_help = "\
+Makes a Python environment under target/peers/ with the pinned packages of xtask/peers/requirements.txt (some gigabytes).
+
+Examples:
+  cargo xtask peers bert vit
+  cargo xtask peers bert --cell b1 --engine openvino --rounds 20")]
+pub(crate) struct Arguments {
+    /// Families [default: all that the build runs]
+    families: Vec<String>,
+    /// Only cells whose name contains this
+    #[arg(long, value_name = "PART", default_value = "")]
+    cell: String,
+    /// Only this peer; may be repeated
+    #[arg(long, value_name = "ENGINE", value_parser = ENGINES)]
+    engine: Vec<String>,
+    /// Rounds of alternation
+    #[arg(long, default_value_t = 12, value_parser = clap::value_parser!(u32).range(3..))]
+    rounds: u32,
+    /// Threads of every engine [default: all that may be used]
+    #[arg(long)]
+    threads: Option<u32>,
+    /// Type of weights of every engine
+    #[arg(long, default_value = "f32")]
+    dtype: String,
+}
+
+/// What was measured on one CPU model: the content of `docs/performance/<cpu>.json`.
+#[derive(Serialize, Deserialize)]
+struct Results {
+    cpu: String,
+    threads: u32,
+    memory_bytes: u64,
+    peak_flops: BTreeMap<String, f64>,
+    versions: BTreeMap<String, String>,
+    cells: BTreeMap<String, CellResult>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct CellResult {
+    measured_at: String,
+    dtype: String,
+    rounds: u32,
+    flops: u64,
+    ours_ns: f64,
+    peers: BTreeMap<String, Peer>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Peer {
+    median_ns: f64,
+    /// Their time over ours, round by round: above 1 we are faster. Median and its 95 % interval.
+    ratio: f64,
+    low: f64,
+    high: f64,
+    /// Largest difference between the outputs, over the largest value.
+    error: Option<f64>,
+}
+
+/// What an engine says when it is ready.
+#[derive(Deserialize)]
+struct Ready {
+    #[serde(default)]
+    versions: BTreeMap<String, String>,
+    #[serde(default)]
+    errors: BTreeMap<String, f64>,
+    #[serde(default)]
+    flops: u64,
+}
+
+#[derive(Deserialize)]
+struct Samples {
+    samples_ns: Vec<u64>,
+}
+
+/// An engine that has loaded the cell and waits to be asked.
+struct Engine {
+    name: String,
+    child: Child,
+    input: ChildStdin,
+    output: BufReader<std::process::ChildStdout>,
+    calls: u64,
+    /// Median of each round.
+    rounds: Vec<f64>,
+}
+
+impl Engine {
+    fn start(name: &str, mut command: Command) -> anyhow::Result<(Self, Ready)> {
+        let shown = process::shown(&command);
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit())
+            .spawn()
+            .with_context(|| format!("starting `{shown}`"))?;
+        let input = child.stdin.take().context("a pipe to the engine")?;
+        let output = BufReader::new(child.stdout.take().context("a pipe from the engine")?);
+        let mut engine = Self { name: name.to_owned(), child, input, output, calls: 1, rounds: Vec::new() };
+        let ready = engine.line().with_context(|| format!("`{shown}` did not become ready"))?;
+        let first = engine.ask(1)?;
+        engine.calls = (BURST_NS / first[0].max(1)).clamp(2, 200);
+        Ok((engine, ready))
+    }
+
+    fn line<T: for<'a> Deserialize<'a>>(&mut self) -> anyhow::Result<T> {
+        let mut line = String::new();
+        // Libraries print to standard output as well; ours are the lines that are JSON objects.
+        while !line.starts_with('{') {
+            line.clear();
+            ensure!(self.output.read_line(&mut line)? > 0, "{} ended", self.name);
+        }
+        serde_json::from_str(&line).with_context(|| format!("{} said {line:?}", self.name))
+    }
+
+    fn ask(&mut self, calls: u64) -> anyhow::Result<Vec<u64>> {
+        writeln!(self.input, "{calls}").and_then(|()| self.input.flush()).with_context(|| self.name.clone())?;
+        let answer: Samples = self.line()?;
+        ensure!(
+            answer.samples_ns.len() as u64 == calls,
+            "{} ran {} of {calls} calls",
+            self.name,
+            answer.samples_ns.len()
+        );
+        Ok(answer.samples_ns)
+    }
+
+    /// One burst; its first call wakes threads and caches and is not counted.
+    fn round(&mut self) -> anyhow::Result<()> {
+        let samples = self.ask(self.calls + 1)?;
+        self.rounds.push(stats::median(&samples[1..]).context("samples")?);
+        Ok(())
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        // It has nothing to lose, and may ignore the end of its input while it compiles.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Compares, and writes the results.
+///
+/// # Errors
+/// Python or its packages are not to be had, or our own side fails. A peer that can't run a cell is told and left out.
+pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    let python = environment()?;
+    let binary = process::build_cli()?;
+    let mut machine = hardware::probe();
+    let threads = arguments.threads.unwrap_or(machine.cpu.usable_threads);
+    let peaks = peaks::load_or_measure(peaks::default_cache_dir().as_deref(), false, &machine)?;
+    let file = process::root().join("docs/performance").join(format!("{}.json", slug(&machine.cpu.model)));
+    let mut results = match fs::read_to_string(&file) {
+        Ok(text) => serde_json::from_str(&text).with_context(|| format!("reading {}", file.display()))?,
+        Err(_) => Results {
+            cpu: machine.cpu.model.clone(),
+            threads,
+            memory_bytes: machine.memory.total_bytes,
+            peak_flops: BTreeMap::new(),
+            versions: BTreeMap::new(),
+            cells: BTreeMap::new(),
+        },
+    };
+    results.threads = threads;
+    results.peak_flops =
+        peaks.compute.iter().filter(|p| p.threads == threads).map(|p| (p.dtype.clone(), p.flops)).collect();
+    machine.peaks = Some(peaks);
+    let families = match arguments.families.as_slice() {
+        [] => runnable(&binary)?,
+        names => names.iter().map(|name| Ok(catalog::family(name)?)).collect::<anyhow::Result<_>>()?,
+    };
+    let cells = families.iter().flat_map(|family| family.cells.iter().map(move |cell| (*family, cell)));
+    for (family, cell) in cells.filter(|(_, cell)| cell.name.contains(&arguments.cell)) {
+        let label = format!("{}/{}", family.name, cell.name);
+        let (result, versions) = compare(arguments, &python, &binary, threads, family, cell)?;
+        results.versions.extend(versions);
+        show(&label, &result);
+        results.cells.insert(label, result);
+        fs::create_dir_all(file.parent().unwrap_or(Path::new(".")))?;
+        fs::write(&file, serde_json::to_string_pretty(&results)? + "\n")?;
+    }
+    write_page()?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn compare(
+    arguments: &Arguments,
+    python: &Path,
+    binary: &Path,
+    threads: u32,
+    family: &Family,
+    cell: &Cell,
+) -> anyhow::Result<(CellResult, BTreeMap<String, String>)> {
+    let case = process::target()?.join("peers").join(format!("{}-{}", family.name, cell.name.replace('/', "-")));
+    let ours = |engine: &str| {
+        let mut command = Command::new(binary);
+        command.args(["sample", &family.name, "--cell", &cell.name, "--engine", engine, "--dtype", &arguments.dtype]);
+        command.args(["--threads", &threads.to_string(), "--case"]).arg(&case);
+        command
+    };
+    let (engine, ready) = Engine::start(OURS, ours(OURS))?;
+    let flops = ready.flops;
+    let mut engines = vec![engine];
+    let mut errors = BTreeMap::new();
+    let mut versions = BTreeMap::new();
+    for name in ENGINES.iter().filter(|name| arguments.engine.is_empty() || arguments.engine.iter().any(|e| e == *name))
+    {
+        let command = if *name == "candle-transformers" {
+            ours(name)
+        } else {
+            let mut command = Command::new(python);
+            command.arg(process::root().join("xtask/peers/peer.py")).arg("--case").arg(&case);
+            command.args(["--engine", name, "--threads", &threads.to_string(), "--dtype", &arguments.dtype]);
+            command
+        };
+        match Engine::start(name, command) {
+            Ok((engine, ready)) => {
+                errors.insert((*name).to_owned(), ready.errors.values().copied().reduce(f64::max));
+                versions.extend(ready.versions);
+                engines.push(engine);
+            }
+            Err(error) => eprintln!("{}/{}: {name} is left out: {error:#}", family.name, cell.name),
+        }
+    }
+    for round in 0..arguments.rounds as usize {
+        let count = engines.len();
+        for place in 0..count {
+            engines[(round + place) % count].round()?;
+        }
+    }
+    let ours = engines[0].rounds.clone();
+    let peers = engines[1..].iter().map(|engine| {
+        // In parts per million, because the statistics are on integers.
+        let ratios: Vec<u64> =
+            engine.rounds.iter().zip(&ours).map(|(theirs, ours)| (theirs / ours * 1e6) as u64).collect();
+        let interval = stats::median_interval(&ratios).context("rounds")?;
+        let peer = Peer {
+            median_ns: median(&engine.rounds)?,
+            ratio: stats::median(&ratios).context("rounds")? / 1e6,
+            low: interval.low / 1e6,
+            high: interval.high / 1e6,
+            error: errors.get(&engine.name).copied().flatten(),
+        };
+        Ok((engine.name.clone(), peer))
+    });
+    let result = CellResult {
+        measured_at: clock::utc_now(),
+        dtype: arguments.dtype.clone(),
+        rounds: arguments.rounds,
+        flops,
+        ours_ns: median(&ours)?,
+        peers: peers.collect::<anyhow::Result<_>>()?,
+    };
+    Ok((result, versions))
+}
+
+fn median(rounds: &[f64]) -> anyhow::Result<f64> {
+    stats::median(&rounds.iter().map(|&ns| ns as u64).collect::<Vec<_>>()).context("no rounds")
+}
+
+fn show(label: &str, result: &CellResult) {
+    eprintln!("{label}: {:.2} ms", result.ours_ns / 1e6);
+    for (name, peer) in &result.peers {
+        eprintln!(
+            "  {name:20} {:9.2} ms  {:.2}x [{:.2}, {:.2}]",
+            peer.median_ns / 1e6,
+            peer.ratio,
+            peer.low,
+            peer.high
+        );
+    }
+}
+
+/// Families that the binary runs, by its own word.
+fn runnable(binary: &Path) -> anyhow::Result<Vec<&'static Family>> {
+    let text = process::output(Command::new(binary).args(["list", "--json"]))?;
+    let list: serde_json::Value = serde_json::from_str(&text).context("reading `roofbench list --json`")?;
+    let rows = list.as_array().context("`roofbench list --json` is a list")?;
+    let names = rows.iter().filter(|row| row["runs"] == true).filter_map(|row| row["name"].as_str());
+    names.map(|name| Ok(catalog::family(name)?)).collect()
+}
+
+/// The Python of an environment that has the pinned packages.
+fn environment() -> anyhow::Result<PathBuf> {
+    let requirements = process::root().join("xtask/peers/requirements.txt");
+    let wanted = fs::read_to_string(&requirements).with_context(|| requirements.display().to_string())?;
+    let folder = process::target()?.join("peers").join("venv");
+    let python = folder.join(if cfg!(windows) { "Scripts/python.exe" } else { "bin/python" });
+    let stamp = folder.join("installed.txt");
+    if fs::read_to_string(&stamp).is_ok_and(|installed| installed == wanted) {
+        return Ok(python);
+    }
+    let system = if cfg!(windows) { "python" } else { "python3" };
+    process::run(Command::new(system).args(["-m", "venv"]).arg(&folder))
+        .context("making a Python environment (Debian: python3-venv)")?;
+    process::run(Command::new(&python).args(["-m", "pip", "install", "--quiet", "--requirement"]).arg(&requirements))
+        .context("installing the peers")?;
+    fs::write(&stamp, wanted).with_context(|| stamp.display().to_string())?;
+    Ok(python)
+}
+
+/// A file name of a CPU model.
+fn slug(model: &str) -> String {
+    let words = model.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty());
+    words.map(str::to_ascii_lowercase).collect::<Vec<_>>().join("-")
+}
+
+/// Writes `docs/performance.md` from the results of all machines.
+///
+/// # Errors
+/// A file can't be read or written.
+pub(crate) fn write_page() -> anyhow::Result<()> {
+    let path = process::root().join("docs/performance.md");
+    fs::write(&path, page()?).with_context(|| path.display().to_string())
+}
+
+/// The page as it should be.
+///
+/// # Errors
+/// A result file can't be read.
+pub(crate) fn page() -> anyhow::Result<String> {
+    let mut text = String::from(HEAD);
+    let folder = process::root().join("docs/performance");
+    let mut files: Vec<_> = match fs::read_dir(&folder) {
+        Ok(entries) => entries.filter_map(|entry| Some(entry.ok()?.path())).collect(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+        Err(error) => bail!("{}: {error}", folder.display()),
+    };
+    files.retain(|file| file.extension().is_some_and(|extension| extension == "json"));
+    files.sort();
+    for file in files {
+        let results: Results =
+            serde_json::from_str(&fs::read_to_string(&file)?).with_context(|| file.display().to_string())?;
+        section(&mut text, &results)?;
+    }
+    Ok(text)
+}
+
+const HEAD: &str = "\
+# Performance beside other engines
+
+Made by `cargo xtask peers`, which runs our cells and those of the peers in alternation: same synthetic weights, same
+inputs, same threads, same precision, one process each, the others asleep. A round runs every engine for about 0.7 s; the
+ratio is *their time over ours* within a round, so above 1 we are faster; its median over the rounds is shown with a
+bootstrap 95 % interval. `error` is the largest difference from our outputs over the largest value. `of peak` is the analytic
+FLOPs over our time, as a share of the machine's measured f32 peak on as many threads.
+";
+
+fn section(text: &mut String, results: &Results) -> anyhow::Result<()> {
+    let gib = results.memory_bytes as f64 / (1u64 << 30) as f64;
+    writeln!(text, "\n## {}, {} threads, {gib:.0} GiB\n", results.cpu, results.threads)?;
+    let versions: Vec<_> = results.versions.iter().map(|(name, version)| format!("{name} {version}")).collect();
+    let peaks: Vec<_> = results.peak_flops.iter().map(|(dtype, f)| format!("{dtype} {:.0} GFLOP/s", f / 1e9)).collect();
+    writeln!(text, "Peers: {}. Measured peaks: {}.\n", versions.join(", "), peaks.join(", "))?;
+    writeln!(text, "| cell | ours, ms | of peak | {} | largest error | rounds |", ENGINES.join(" | "))?;
+    writeln!(text, "|---|---|---|{}---|---|", "---|".repeat(ENGINES.len()))?;
+    for (label, cell) in &results.cells {
+        let share = results
+            .peak_flops
+            .get("f32")
+            .map_or("".to_owned(), |peak| format!("{:.0} %", cell.flops as f64 / (cell.ours_ns * 1e-9) / peak * 100.0));
+        write!(text, "| {label} ({}) | {:.1} | {share} |", cell.dtype, cell.ours_ns / 1e6)?;
+        for engine in ENGINES {
+            match cell.peers.get(engine) {
+                Some(p) => write!(text, " {:.2} [{:.2}, {:.2}] |", p.ratio, p.low, p.high)?,
+                None => write!(text, " – |")?,
+            }
+        }
+        let error = cell.peers.values().filter_map(|peer| peer.error).reduce(f64::max);
+        let error = error.map_or("–".to_owned(), |error| format!("{error:.0e}"));
+        writeln!(text, " {error} | {} |", cell.rounds)?;
+    }
+    Ok(())
+}
