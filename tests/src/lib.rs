@@ -1,1 +1,87 @@
-//! x
+//! What the tests that cross crates share: every family that the workspace implements, behind one door.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Result, Tensor};
+use roofbench_core::reference;
+use roofbench_core::session::{Engine, ModelSpec, Processor, Session, SessionError};
+use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights};
+use serde_json::Value;
+
+/// The families of all modality crates.
+pub fn families() -> impl Iterator<Item = &'static str> {
+    roofbench_text::FAMILIES.iter().chain(roofbench_vision::FAMILIES).copied()
+}
+
+/// The `transformers` classes of `family` that run.
+pub fn classes(family: &str) -> &'static [&'static str] {
+    match roofbench_text::classes(family) {
+        [] => roofbench_vision::classes(family),
+        classes => classes,
+    }
+}
+
+/// Builds models and processors of every family.
+#[derive(Debug, Clone, Copy)]
+pub struct Models;
+
+impl reference::Models for Models {
+    fn aliases(&self, spec: &ModelSpec) -> &'static [AliasRule] {
+        if is_text(&spec.family) { roofbench_text::aliases(spec) } else { roofbench_vision::aliases(&spec.family) }
+    }
+
+    fn load(&self, spec: &ModelSpec, weights: &Weights) -> std::result::Result<Box<dyn Session>, SessionError> {
+        if is_text(&spec.family) { roofbench_text::load(spec, weights) } else { roofbench_vision::load(spec, weights) }
+    }
+
+    fn processor(
+        &self,
+        family: &str,
+        configs: &BTreeMap<String, Value>,
+    ) -> std::result::Result<Box<dyn Processor>, SessionError> {
+        roofbench_vision::processor(family, configs)
+    }
+}
+
+fn is_text(family: &str) -> bool {
+    roofbench_text::FAMILIES.contains(&family)
+}
+
+/// The reference cases of the project.
+pub fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/reference")
+}
+
+/// A model in f32 on the CPU with weights made from seed 0, and those weights with their account of what was read.
+///
+/// # Errors
+/// As [`reference::Models::load`].
+pub fn synthetic(
+    family: &str,
+    class: &str,
+    config: &Value,
+) -> std::result::Result<(Box<dyn Session>, Weights), SessionError> {
+    let spec = ModelSpec {
+        family: family.to_owned(),
+        class: class.to_owned(),
+        config: config.clone(),
+        extra_configs: BTreeMap::new(),
+        dtype: DType::F32,
+        device: Device::Cpu,
+        engine: Engine::Roofbench,
+    };
+    let models: &dyn reference::Models = &Models;
+    let source = Source::Synthetic { seed: 0 };
+    let weights = Weights::open(&source, models.aliases(&spec), class, &HubOptions::from_env())?;
+    Ok((models.load(&spec, &weights)?, weights))
+}
+
+/// `max |a - b| / max |b|`.
+///
+/// # Errors
+/// Shapes that differ.
+pub fn relative_error(a: &Tensor, b: &Tensor) -> Result<f32> {
+    let largest = |x: &Tensor| x.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>();
+    Ok(largest(&(a - b)?)? / largest(b)?)
+}

@@ -4,6 +4,7 @@ mod bench_all;
 mod checkpoint;
 mod ci;
 mod docs;
+mod peers;
 mod process;
 mod tidy;
 
@@ -28,6 +29,8 @@ enum Task {
     Ci(ci::Arguments),
     /// Writes the generated documents: docs/models.md and docs/record.schema.json
     Docs(docs::Arguments),
+    /// Runs our cells and those of PyTorch, ONNX Runtime, OpenVINO and candle-transformers in alternation
+    Peers(peers::Arguments),
     /// Checks what the compiler can't: crate edges, homes of libraries, unsafe code, the catalog's rows
     Tidy,
 }
@@ -38,6 +41,7 @@ fn main() -> ExitCode {
         Task::Checkpoint => checkpoint::run().map(|()| ExitCode::SUCCESS),
         Task::Ci(arguments) => ci::run(&arguments).map(|()| ExitCode::SUCCESS),
         Task::Docs(arguments) => docs::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Task::Peers(arguments) => peers::run(&arguments),
         Task::Tidy => tidy::run().map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {

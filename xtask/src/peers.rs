@@ -42,7 +42,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "ENGINE", value_parser = ENGINES)]
     engine: Vec<String>,
     /// Rounds of alternation
-    #[arg(long, default_value_t = 12, value_parser = clap::value_parser!(u32).range(3..))]
+    #[arg(long, default_value_t = 12, value_parser = clap::value_parser!(u32).range(6..))]
     rounds: u32,
     /// Threads of every engine [default: all that may be used]
     #[arg(long)]
@@ -57,7 +57,7 @@ pub(crate) struct Arguments {
 struct Results {
     cpu: String,
     threads: u32,
-    memory_bytes: u64,
+    memory_bytes: Option<u64>,
     peak_flops: BTreeMap<String, f64>,
     versions: BTreeMap<String, String>,
     cells: BTreeMap<String, CellResult>,
@@ -112,18 +112,22 @@ struct Engine {
 }
 
 impl Engine {
-    fn start(name: &str, mut command: Command) -> anyhow::Result<(Self, Ready)> {
+    /// Its chatter goes to a file in `folder`.
+    fn start(name: &str, mut command: Command, folder: &Path) -> anyhow::Result<(Self, Ready)> {
+        let log = folder.join(format!("{name}.log"));
+        fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+        let chatter = fs::File::create(&log).with_context(|| log.display().to_string())?;
         let shown = process::shown(&command);
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            .stderr(Stdio::inherit())
+            .stderr(chatter)
             .spawn()
             .with_context(|| format!("starting `{shown}`"))?;
         let input = child.stdin.take().context("a pipe to the engine")?;
         let output = BufReader::new(child.stdout.take().context("a pipe from the engine")?);
         let mut engine = Self { name: name.to_owned(), child, input, output, calls: 1, rounds: Vec::new() };
-        let ready = engine.line().with_context(|| format!("`{shown}` did not become ready"))?;
+        let ready = engine.line().with_context(|| format!("`{shown}` did not become ready; see {}", log.display()))?;
         let first = engine.ask(1)?;
         engine.calls = (BURST_NS / first[0].max(1)).clamp(2, 200);
         Ok((engine, ready))
@@ -222,11 +226,22 @@ fn compare(
     let case = process::target()?.join("peers").join(format!("{}-{}", family.name, cell.name.replace('/', "-")));
     let ours = |engine: &str| {
         let mut command = Command::new(binary);
-        command.args(["sample", &family.name, "--cell", &cell.name, "--engine", engine, "--dtype", &arguments.dtype]);
+        command.args([
+            "sample",
+            &family.name,
+            "--cell",
+            &format!("{}$", cell.name),
+            "--engine",
+            engine,
+            "--dtype",
+            &arguments.dtype,
+        ]);
         command.args(["--threads", &threads.to_string(), "--case"]).arg(&case);
+        // candle's own operations run on rayon's threads
+        command.env("RAYON_NUM_THREADS", threads.to_string()).env("CANDLE_NUM_THREADS", threads.to_string());
         command
     };
-    let (engine, ready) = Engine::start(OURS, ours(OURS))?;
+    let (engine, ready) = Engine::start(OURS, ours(OURS), &case)?;
     let flops = ready.flops;
     let mut engines = vec![engine];
     let mut errors = BTreeMap::new();
@@ -241,7 +256,7 @@ fn compare(
             command.args(["--engine", name, "--threads", &threads.to_string(), "--dtype", &arguments.dtype]);
             command
         };
-        match Engine::start(name, command) {
+        match Engine::start(name, command, &case) {
             Ok((engine, ready)) => {
                 errors.insert((*name).to_owned(), ready.errors.values().copied().reduce(f64::max));
                 versions.extend(ready.versions);
@@ -375,8 +390,8 @@ FLOPs over our time, as a share of the machine's measured f32 peak on as many th
 ";
 
 fn section(text: &mut String, results: &Results) -> anyhow::Result<()> {
-    let gib = results.memory_bytes as f64 / (1u64 << 30) as f64;
-    writeln!(text, "\n## {}, {} threads, {gib:.0} GiB\n", results.cpu, results.threads)?;
+    let memory = results.memory_bytes.map_or_else(String::new, |bytes| format!(", {} GiB", bytes >> 30));
+    writeln!(text, "\n## {}, {} threads{memory}\n", results.cpu, results.threads)?;
     let versions: Vec<_> = results.versions.iter().map(|(name, version)| format!("{name} {version}")).collect();
     let peaks: Vec<_> = results.peak_flops.iter().map(|(dtype, f)| format!("{dtype} {:.0} GFLOP/s", f / 1e9)).collect();
     writeln!(text, "Peers: {}. Measured peaks: {}.\n", versions.join(", "), peaks.join(", "))?;

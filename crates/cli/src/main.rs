@@ -19,7 +19,7 @@ use clap::{ArgAction, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::arguments::EXIT_USAGE;
-use crate::commands::{list, probe, report, run, verify};
+use crate::commands::{list, probe, report, run, sample, verify};
 
 /// Measures Hugging Face model families on the hardware in front of it, and says how close each comes to what that
 /// hardware can do
@@ -53,6 +53,8 @@ enum Command {
     Run(Box<run::Arguments>),
     Verify(verify::Arguments),
     Report(report::Arguments),
+    #[command(hide = true)]
+    Sample(Box<sample::Arguments>),
     #[command(name = commands::WORKER, hide = true)]
     Worker,
 }
@@ -66,6 +68,7 @@ fn main() -> ExitCode {
         Command::Run(arguments) => run::run(arguments),
         Command::Verify(arguments) => verify::run(arguments),
         Command::Report(arguments) => report::run(arguments),
+        Command::Sample(arguments) => sample::run(arguments),
         Command::Worker => worker::run(),
     };
     result.unwrap_or_else(|error| {

@@ -71,7 +71,8 @@ fn activations(job: &Job) -> f64 {
     let number = |fields: &[&str]| -> f64 {
         let parts = [&job.config, &job.config["text_config"], &job.config["decoder"]];
         let found = parts.iter().find_map(|part| fields.iter().find_map(|field| part[*field].as_f64()));
-        found.unwrap_or(0.0)
+        // A size beyond reason is for the model to refuse by name.
+        found.filter(|size| (0.0..1e9).contains(size)).unwrap_or(0.0)
     };
     let hidden = number(&["hidden_size", "d_model", "n_embd"]);
     let inner = number(&["intermediate_size", "d_ff", "n_inner", "ffn_dim", "encoder_ffn_dim"]).max(4.0 * hidden);

@@ -15,9 +15,12 @@ struct Modality {
     families: &'static [&'static str],
     classes: fn(&str) -> &'static [&'static str],
     aliases: fn(&ModelSpec) -> &'static [AliasRule],
-    load: fn(&ModelSpec, &Weights) -> Result<Box<dyn Session>, SessionError>,
+    load: Load,
     processor: Option<ProcessorOf>,
 }
+
+/// Builds the model of a spec from its weights.
+type Load = fn(&ModelSpec, &Weights) -> Result<Box<dyn Session>, SessionError>;
 
 /// Builds the processor of a family from the `*config.json` files of its repository.
 type ProcessorOf = fn(&str, &BTreeMap<String, Value>) -> Result<Box<dyn Processor>, SessionError>;

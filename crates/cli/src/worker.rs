@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use roofbench_core::catalog::Cell;
 use roofbench_core::hardware::{self, Conditions, conditions};
 use roofbench_core::harness::{self, Env, HarnessError};
@@ -104,7 +104,7 @@ pub(crate) fn record(job: &Job, started_at: String, outcome: Outcome) -> Record 
 
 /// What is learnt on the way, kept whatever the outcome.
 #[derive(Default)]
-struct Found {
+pub(crate) struct Found {
     effective: BTreeMap<String, String>,
     warnings: Vec<Warning>,
     /// The cell with the inputs that raw ones became.
@@ -126,15 +126,7 @@ fn measure(job: &Job, found: &mut Found) -> anyhow::Result<Outcome> {
     if let Some(reason) = memory::refusal(job, &hardware::probe()) {
         return Ok(Outcome::Skipped { reason });
     }
-    let spec = ModelSpec {
-        family: job.family.clone(),
-        class: job.class.clone(),
-        config: job.config.clone(),
-        extra_configs: job.extra_configs.clone(),
-        dtype: job.dtype.dtype(),
-        device: device.clone(),
-        engine: job.engine,
-    };
+    let spec = spec(job, &device);
 
     let mut meters = Meters::open(&device);
     let clock = clock::Monotonic;
@@ -179,7 +171,21 @@ fn measure(job: &Job, found: &mut Found) -> anyhow::Result<Outcome> {
     Ok(Outcome::Measured(Box::new(measurement)))
 }
 
-fn load(job: &Job, spec: &ModelSpec) -> Result<(Box<dyn Session>, Weights), SessionError> {
+/// What `job` builds its session from.
+pub(crate) fn spec(job: &Job, device: &Device) -> ModelSpec {
+    ModelSpec {
+        family: job.family.clone(),
+        class: job.class.clone(),
+        config: job.config.clone(),
+        extra_configs: job.extra_configs.clone(),
+        dtype: job.dtype.dtype(),
+        device: device.clone(),
+        engine: job.engine,
+    }
+}
+
+/// The model with its weights, complete.
+pub(crate) fn load(job: &Job, spec: &ModelSpec) -> Result<(Box<dyn Session>, Weights), SessionError> {
     let (source, ignore_extra, offline) = match &job.weights {
         WeightsJob::Synthetic { seed } => (Source::Synthetic { seed: *seed }, false, true),
         WeightsJob::Local { path, ignore_extra } => (Source::Local { path: path.clone() }, *ignore_extra, true),
@@ -195,7 +201,12 @@ fn load(job: &Job, spec: &ModelSpec) -> Result<(Box<dyn Session>, Weights), Sess
 }
 
 /// The call that the cell means, and for real inputs a line on how long it took to prepare them.
-fn call(job: &Job, spec: &ModelSpec, weights: &Weights, found: &mut Found) -> anyhow::Result<(Call, Option<String>)> {
+pub(crate) fn call(
+    job: &Job,
+    spec: &ModelSpec,
+    weights: &Weights,
+    found: &mut Found,
+) -> anyhow::Result<(Call, Option<String>)> {
     let mut arguments = job.cell.arguments.clone();
     if let Some(new_tokens) = job.cell.new_tokens {
         arguments.extend(["max_new_tokens", "min_new_tokens"].map(|name| (name.to_owned(), new_tokens.into())));

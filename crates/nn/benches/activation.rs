@@ -1,5 +1,5 @@
-//! `cargo bench -p roofbench-nn --bench activation`: each activation over 128 x 3072 elements (BERT-base's feed-forward), in
-//! GB/s (read and written once) and elements per nanosecond. `candle` is its own operation.
+//! `cargo bench -p roofbench-nn --bench activation`: each activation over 128 x 3072 elements (BERT-base's
+//! feed-forward), in GB/s (read and written once) and elements per nanosecond. `candle` is its own operation.
 #![allow(clippy::print_stdout, reason = "a bench prints")]
 
 use candle_core::{Device, Result, Tensor};

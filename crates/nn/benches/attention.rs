@@ -1,7 +1,7 @@
-//! `cargo bench -p roofbench-nn --bench attention [-- FILTER]`: the fused kernel on a qkv product as it lies, in GFLOP/s
-//! as a share of the arithmetic peak and, for steps of decoding, in GB/s as a share of the read bandwidth, both measured
-//! in the same rounds. `plain` is candle's own operations. FILTER is a part of a row's name. Keys and values that fit the
-//! last-level cache go past 100 % of the read bandwidth.
+//! `cargo bench -p roofbench-nn --bench attention [-- FILTER]`: the fused kernel on a qkv product as it lies, in
+//! GFLOP/s as a share of the arithmetic peak and, for steps of decoding, in GB/s as a share of the read bandwidth, both
+//! measured in the same rounds. `plain` is candle's own operations. FILTER is a part of a row's name. Keys and values
+//! that fit the last-level cache go past 100 % of the read bandwidth.
 #![allow(clippy::print_stdout, reason = "a bench prints")]
 
 use candle_core::{Device, Result, Tensor};

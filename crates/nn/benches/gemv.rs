@@ -55,7 +55,8 @@ fn main() {
                     let a = common::numbers(m * k);
                     let mut out = vec![MaybeUninit::new(0.0f32); m * n];
                     let mut product = || {
-                        matmul(Rows { data: &a, stride: k }, m, &packed, &Epilogue::default(), &mut out).expect("lengths fit");
+                        matmul(Rows { data: &a, stride: k }, m, &packed, &Epilogue::default(), &mut out)
+                            .expect("lengths fit");
                     };
                     let seconds = common::best_of(8, &mut [&mut product, &mut || stream.read()]);
                     let rate = packed.bytes() as f64 / seconds[0];

@@ -51,8 +51,8 @@ struct Padding {
 }
 
 impl Mask {
-    /// From the `attention_mask` of a tokenizer (batch, keys): 0 where a key does not exist. `None` when all do, so that
-    /// nothing is masked for nothing.
+    /// From the `attention_mask` of a tokenizer (batch, keys): 0 where a key does not exist. `None` when all do, so
+    /// that nothing is masked for nothing.
     ///
     /// # Errors
     /// When it has another number of dimensions.
@@ -131,8 +131,8 @@ impl Attention {
     /// On the CPU in f32 a fused kernel, which keeps no score matrix; elsewhere candle's operations.
     ///
     /// # Shapes
-    /// `q` is (batch, queries, heads · head_dim), `k` and `v` (batch, keys, kv_heads · head_dim); any may be a `narrow` of
-    /// one product that holds all three. The result is as `q`, contiguous.
+    /// `q` is (batch, queries, heads · head_dim), `k` and `v` (batch, keys, kv_heads · head_dim); any may be a `narrow`
+    /// of one product that holds all three. The result is as `q`, contiguous.
     ///
     /// # Errors
     /// When shapes do not fit together, or `kv_heads` does not divide `heads`.

@@ -82,8 +82,13 @@ impl Linear {
     /// # Errors
     /// When `parts` is empty, or a tensor is missing or has another shape.
     pub fn load_fused(in_dim: usize, parts: &[(&str, usize)], bias: bool, vb: VarBuilder<'_>) -> Result<Self> {
-        let weights = parts.iter().map(|&(name, out)| vb.pp(name).get((out, in_dim), "weight")).collect::<Result<Vec<_>>>()?;
-        let biases = parts.iter().filter(|_| bias).map(|&(name, out)| vb.pp(name).get(out, "bias")).collect::<Result<Vec<_>>>()?;
+        let weights =
+            parts.iter().map(|&(name, out)| vb.pp(name).get((out, in_dim), "weight")).collect::<Result<Vec<_>>>()?;
+        let biases = parts
+            .iter()
+            .filter(|_| bias)
+            .map(|&(name, out)| vb.pp(name).get(out, "bias"))
+            .collect::<Result<Vec<_>>>()?;
         let bias = if bias { Some(Tensor::cat(&biases, 0)?) } else { None };
         Self::new(&Tensor::cat(&weights, 0)?, bias.as_ref())
     }
@@ -102,7 +107,9 @@ impl Linear {
     pub fn weight_bytes(&self) -> usize {
         let tensor = |t: &Tensor| t.elem_count() * t.dtype().size_in_bytes();
         match &self.weight {
-            Weight::Packed { matrix, bias } => matrix.bytes() + bias.as_ref().map_or(0, |bias| size_of_val::<[f32]>(bias)),
+            Weight::Packed { matrix, bias } => {
+                matrix.bytes() + bias.as_ref().map_or(0, |bias| size_of_val::<[f32]>(bias))
+            }
             Weight::Plain { weight, bias } => tensor(weight) + bias.as_ref().map_or(0, tensor),
         }
     }
@@ -246,7 +253,9 @@ impl Product<'_> {
             Epilogue { bias: self.bias, activation: self.activation, residual: residual.map(rows).transpose()? };
         let shape = with_last(x.1.dims(), self.matrix.n());
         let m = x.1.dims().split_last().map_or(1, |(_, rows)| rows.iter().product());
-        let y = filled(shape.elem_count(), |out| matmul(rows(x)?, m, self.matrix, &epilogue, out).map_err(candle_core::Error::wrap))?;
+        let y = filled(shape.elem_count(), |out| {
+            matmul(rows(x)?, m, self.matrix, &epilogue, out).map_err(candle_core::Error::wrap)
+        })?;
         Ok((CpuStorage::F32(y), shape))
     }
 }
@@ -374,12 +383,16 @@ mod tests {
 
     #[test]
     fn other_dtypes_use_candle() {
-        let (weight, bias) = (random(&[7, 10]).to_dtype(DType::F64).unwrap(), random(&[7]).to_dtype(DType::F64).unwrap());
+        let (weight, bias) =
+            (random(&[7, 10]).to_dtype(DType::F64).unwrap(), random(&[7]).to_dtype(DType::F64).unwrap());
         let linear = Linear::new(&weight, Some(&bias)).unwrap();
         let x = random(&[2, 3, 10]).to_dtype(DType::F64).unwrap();
         assert_eq!(linear.weight_bytes(), 8 * 77);
         assert_close(&linear.forward(&x).unwrap(), &expected(&x, &weight, Some(&bias)));
-        assert_close(&linear.forward_act(&x, Activation::Relu).unwrap(), &expected(&x, &weight, Some(&bias)).relu().unwrap());
+        assert_close(
+            &linear.forward_act(&x, Activation::Relu).unwrap(),
+            &expected(&x, &weight, Some(&bias)).relu().unwrap(),
+        );
     }
 
     #[test]
@@ -391,8 +404,14 @@ mod tests {
         let fused = Linear::load_fused(10, &[("query", 6), ("value", 4)], true, vb).unwrap();
         let x = random(&[3, 10]);
         let y = fused.forward(&x).unwrap();
-        assert_eq!(y.i((.., ..6)).unwrap().to_vec2::<f32>().unwrap(), query.forward(&x).unwrap().to_vec2::<f32>().unwrap());
-        assert_eq!(y.i((.., 6..)).unwrap().to_vec2::<f32>().unwrap(), value.forward(&x).unwrap().to_vec2::<f32>().unwrap());
+        assert_eq!(
+            y.i((.., ..6)).unwrap().to_vec2::<f32>().unwrap(),
+            query.forward(&x).unwrap().to_vec2::<f32>().unwrap()
+        );
+        assert_eq!(
+            y.i((.., 6..)).unwrap().to_vec2::<f32>().unwrap(),
+            value.forward(&x).unwrap().to_vec2::<f32>().unwrap()
+        );
     }
 
     #[test]

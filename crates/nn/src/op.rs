@@ -85,8 +85,8 @@ pub(crate) fn apply3(
     a.apply_op3_no_bwd(b, c, &Op(name, f))
 }
 
-/// A new array, `chunk` elements at a time in parallel: `fill` gets where its part begins and the part, which is shorter
-/// at the end. Zeroing it first would cost as much as some of the kernels.
+/// A new array, `chunk` elements at a time in parallel: `fill` gets where its part begins and the part, which is
+/// shorter at the end. Zeroing it first would cost as much as some of the kernels.
 ///
 /// # Safety
 /// `fill` writes every element of its part.

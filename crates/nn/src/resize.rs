@@ -132,8 +132,8 @@ mod tests {
         (0..n).map(|i| (i as f32 * 0.731).sin()).collect()
     }
 
-    /// The two-dimensional formula in f64: every sample of the input, weighed by a kernel of its distance, with the edge
-    /// repeated.
+    /// The two-dimensional formula in f64: every sample of the input, weighed by a kernel of its distance, with the
+    /// edge repeated.
     fn by_formula(
         x: &[f32],
         from: (usize, usize),

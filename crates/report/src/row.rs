@@ -10,8 +10,11 @@ use roofbench_core::session::{Engine, Phase};
 
 use crate::format::{self, NONE};
 
-/// The latest record of every cell (same machine, checkpoint, class, engine and settings asked for), in the order of their
-/// first appearance.
+/// Settings asked for that say how long to sample, and not what: a longer run of the same cell takes the place of a quick one.
+const SAMPLING: [&str; 6] = ["quick", "target", "min-samples", "max-samples", "min-time", "max-time"];
+
+/// The latest record of every cell (same machine, checkpoint, class, engine and settings asked for, other than those of
+/// sampling), in the order of their first appearance.
 pub fn latest(records: &[Record]) -> Vec<&Record> {
     let mut places = BTreeMap::new();
     let mut latest: Vec<&Record> = Vec::new();
@@ -21,7 +24,7 @@ pub fn latest(records: &[Record]) -> Vec<&Record> {
             machine_key(&record.machine),
             subject.label(),
             (&subject.checkpoint, &subject.class, subject.engine),
-            &record.settings.requested,
+            record.settings.requested.iter().filter(|(name, _)| !SAMPLING.contains(&name.as_str())).collect::<Vec<_>>(),
         );
         let place = *places.entry(identity).or_insert(latest.len());
         match latest.get_mut(place) {
@@ -268,6 +271,7 @@ mod tests {
         let first = samples::bert(10);
         let mut again = first.clone();
         again.started_at = "2026-02-02T00:00:00Z".into();
+        again.settings.requested.insert("max-time".into(), "60".into());
         let mut other = first.clone();
         other.settings.requested.insert("threads".into(), "1".into());
         let records = [first, other.clone(), again.clone()];

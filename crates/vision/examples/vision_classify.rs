@@ -14,14 +14,12 @@ use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use candle_core::{DType, Device};
-use roofbench_core::session::{Call, Engine, ModelSpec, Unobserved};
-use roofbench_core::weights::{HubOptions, Source, Weights};
+use roofbench_vision::candle_core::{DType, Device};
 use roofbench_vision::classify::{classify, labels};
 use roofbench_vision::preprocess::ImageProcessor;
-use serde_json::{Value, json};
+use roofbench_vision::serde_json::{Value, json};
+use roofbench_vision::{Call, Engine, HubOptions, ModelSpec, Source, Unobserved, Weights, aliases, load};
 
-const CLASS: &str = "ViTForImageClassification";
 const RUNS: usize = 7;
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -34,26 +32,25 @@ fn main() -> Result<(), Box<dyn Error>> {
     let photo = Path::new(env!("CARGO_MANIFEST_DIR")).join("samples/photo.jpg");
     let picture = arguments.next().map_or(photo, PathBuf::from);
 
-    let weights = Weights::open(&source, roofbench_vision::aliases("vit"), CLASS, &HubOptions::from_env())?;
-    let (config, processor_config) = match source {
-        Source::Synthetic { .. } => (vit_base(), json!({"size": 224})),
-        _ => {
-            let processor_config = weights.extra_configs()?.remove("preprocessor_config.json");
-            (weights.config()?, processor_config.ok_or("no preprocessor_config.json beside the weights")?)
-        }
-    };
-    let spec = ModelSpec {
+    let mut spec = ModelSpec {
         family: "vit".into(),
-        class: CLASS.into(),
-        config,
+        class: "ViTForImageClassification".into(),
+        config: vit_base(),
         extra_configs: Default::default(),
         dtype: DType::F32,
         device: Device::Cpu,
         engine: Engine::Roofbench,
     };
+    let weights = Weights::open(&source, aliases("vit"), &spec.class, &HubOptions::from_env())?;
+    let mut processor_config = json!({"size": 224});
+    if !matches!(source, Source::Synthetic { .. }) {
+        spec.config = weights.config()?;
+        let found = weights.extra_configs()?.remove("preprocessor_config.json");
+        processor_config = found.ok_or("no preprocessor_config.json beside the weights")?;
+    }
     let labels = labels(&spec.config)?;
     let processor = ImageProcessor::from_config(&processor_config, "vit")?;
-    let mut session = roofbench_vision::load(&spec, &weights)?;
+    let mut session = load(&spec, &weights)?;
 
     let (pixel_values, preparing) = median_of(|| processor.prepare_files(std::slice::from_ref(&picture)))?;
     let call = Call {

@@ -2,16 +2,17 @@
 //!
 //! This crate deliberately does not know how a measurement is made, where a report goes, or any text: it prepares
 //! pictures as a checkpoint's own config says ([`preprocess`]), builds the model that config.json describes and puts it
-//! behind [`Session`](roofbench_core::session::Session).
+//! behind [`Session`].
 //!
 //! A ViT of a few hundred weights, made up from a seed, looks at a picture:
 //!
 //! ```
-//! use candle_core::{DType, Device};
-//! use roofbench_core::session::{Call, Engine, ModelSpec, Unobserved};
-//! use roofbench_core::weights::{HubOptions, Source, Weights};
-//! use roofbench_vision::{aliases, classify, load, preprocess::ImageProcessor};
-//! use serde_json::json;
+//! use roofbench_vision::candle_core::{DType, Device};
+//! use roofbench_vision::classify::{classify, labels};
+//! use roofbench_vision::image::{Rgb, RgbImage};
+//! use roofbench_vision::preprocess::ImageProcessor;
+//! use roofbench_vision::serde_json::json;
+//! use roofbench_vision::{Call, Engine, HubOptions, ModelSpec, Source, Unobserved, Weights, aliases, load};
 //!
 //! let spec = ModelSpec {
 //!     family: "vit".into(),
@@ -25,11 +26,12 @@
 //!     device: Device::Cpu,
 //!     engine: Engine::Roofbench,
 //! };
+//! // `Source::Local` opens a checkpoint folder, `Source::Hub` a repository
 //! let source = Source::Synthetic { seed: 0 };
 //! let weights = Weights::open(&source, aliases("vit"), &spec.class, &HubOptions::from_env())?;
 //! let mut session = load(&spec, &weights)?;
 //!
-//! let picture = image::RgbImage::from_fn(40, 30, |x, y| image::Rgb([x as u8 * 6, y as u8 * 8, 128]));
+//! let picture = RgbImage::from_fn(40, 30, |x, y| Rgb([x as u8 * 6, y as u8 * 8, 128]));
 //! let pixel_values = ImageProcessor::from_config(&json!({"size": 16}), "vit")?.prepare(&picture)?.unsqueeze(0)?;
 //! let call = Call {
 //!     method: "forward".into(),
@@ -37,7 +39,7 @@
 //!     arguments: Default::default(),
 //! };
 //! let outputs = session.call(&call, &mut Unobserved)?;
-//! let best = classify::classify(&outputs["logits"], &classify::labels(&spec.config)?, 1)?;
+//! let best = classify(&outputs["logits"], &labels(&spec.config)?, 1)?;
 //! assert!(["dark", "light", "striped"].contains(&best[0][0].label.as_str()));
 //! assert!(best[0][0].probability > 1.0 / 3.0);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
@@ -45,8 +47,6 @@
 
 use std::collections::BTreeMap;
 
-use roofbench_core::session::{Engine, ModelSpec, Processor, Session, SessionError};
-use roofbench_core::weights::{AliasRule, Weights};
 use serde_json::Value;
 
 pub mod classify;
@@ -55,6 +55,15 @@ pub mod models;
 pub mod preprocess;
 pub mod resize;
 mod session;
+
+pub use candle_core;
+pub use image;
+pub use roofbench_core::cost::{Cost, PhaseCost};
+pub use roofbench_core::session::{
+    Arguments, Call, Engine, ModelSpec, Observer, Phase, Processor, Session, SessionError, Tensors, Unobserved,
+};
+pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, WeightsError};
+pub use serde_json;
 
 use models::{upstream, vit};
 

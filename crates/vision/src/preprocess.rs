@@ -1,7 +1,7 @@
 //! Pictures to `pixel_values`, as a checkpoint's `preprocessor_config.json` says.
 //!
 //! One pipeline serves every processor of `transformers`: convert to RGB, resize, crop, rescale, normalise. What tells
-//! them apart are the defaults of fields that a config leaves out ([`KINDS`]). Both forms of the file are read: the
+//! them apart are the defaults of fields that a config leaves out (`KINDS`). Both forms of the file are read: the
 //! old one (`"size": 224`, `feature_extractor_type`) and the new one (`"size": {"height": …}`, `image_processor_type`).
 //! Mirrors the Pillow backend of `transformers` 5.
 

@@ -4,6 +4,7 @@ pub(crate) mod list;
 pub(crate) mod probe;
 pub(crate) mod report;
 pub(crate) mod run;
+pub(crate) mod sample;
 pub(crate) mod verify;
 
 /// The hidden command that `run` starts for each cell.

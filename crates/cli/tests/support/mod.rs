@@ -12,7 +12,7 @@ use roofbench_core::weights::synthetic;
 use serde_json::{Value, json};
 
 /// The program, with its caches kept out of the user's, and no network.
-pub fn program(folder: &Path) -> Command {
+pub(crate) fn program(folder: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_roofbench"));
     command.current_dir(folder).stdin(Stdio::null());
     // Ceilings are measured once for all tests.
@@ -23,14 +23,14 @@ pub fn program(folder: &Path) -> Command {
 
 /// What came of a call.
 #[derive(Debug)]
-pub struct Ran {
-    pub code: Option<i32>,
-    pub out: String,
-    pub err: String,
+pub(crate) struct Ran {
+    pub(crate) code: Option<i32>,
+    pub(crate) out: String,
+    pub(crate) err: String,
 }
 
 impl Ran {
-    pub fn from(output: Output) -> Self {
+    pub(crate) fn from(output: Output) -> Self {
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         let ran = Self { code: output.status.code(), out: text(&output.stdout), err: text(&output.stderr) };
         assert!(!ran.err.contains("panicked"), "{}", ran.err);
@@ -39,7 +39,7 @@ impl Ran {
 
     /// Ended with `code`, and said each of `words` on one of its outputs.
     #[track_caller]
-    pub fn expect(self, code: i32, words: &[&str]) -> Self {
+    pub(crate) fn expect(self, code: i32, words: &[&str]) -> Self {
         assert_eq!(self.code, Some(code), "{self:#?}");
         for word in words {
             assert!(self.out.contains(word) || self.err.contains(word), "{word:?} is not in {self:#?}");
@@ -49,36 +49,36 @@ impl Ran {
 
     /// Standard output, a JSON value on each line.
     #[track_caller]
-    pub fn json_lines(&self) -> Vec<Value> {
+    pub(crate) fn json_lines(&self) -> Vec<Value> {
         self.out.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|e| panic!("{e}: {line}"))).collect()
     }
 }
 
 /// Runs the program with `arguments` in `folder`.
-pub fn roofbench<S: AsRef<OsStr>>(folder: &Path, arguments: impl IntoIterator<Item = S>) -> Ran {
+pub(crate) fn roofbench<S: AsRef<OsStr>>(folder: &Path, arguments: impl IntoIterator<Item = S>) -> Ran {
     Ran::from(program(folder).args(arguments).output().expect("the program starts"))
 }
 
 /// The words of a line as arguments.
-pub fn words(line: &str) -> Vec<&str> {
+pub(crate) fn words(line: &str) -> Vec<&str> {
     line.split_whitespace().collect()
 }
 
 /// The records in `path`, none of them damaged.
 #[track_caller]
-pub fn records(path: &Path) -> Vec<Record> {
+pub(crate) fn records(path: &Path) -> Vec<Record> {
     let outcome = record::read(path).unwrap_or_else(|error| panic!("{error}"));
     assert!(outcome.problems.is_empty(), "{:?}", outcome.problems);
     outcome.records
 }
 
 /// Reference cases of the project.
-pub fn fixtures() -> PathBuf {
+pub(crate) fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/reference")
 }
 
 /// A copy of a reference case, to be changed.
-pub fn copy_case(name: &str, to: &Path) {
+pub(crate) fn copy_case(name: &str, to: &Path) {
     fs::create_dir_all(to).unwrap();
     for entry in fs::read_dir(fixtures().join(name)).unwrap() {
         let entry = entry.unwrap();
@@ -87,7 +87,7 @@ pub fn copy_case(name: &str, to: &Path) {
 }
 
 /// Names and shapes of a tiny BertModel.
-pub fn bert_tensors() -> Vec<(String, Vec<usize>)> {
+pub(crate) fn bert_tensors() -> Vec<(String, Vec<usize>)> {
     let mut tensors = vec![
         ("embeddings.word_embeddings.weight".to_owned(), vec![60, 16]),
         ("embeddings.position_embeddings.weight".to_owned(), vec![512, 16]),
@@ -115,7 +115,7 @@ pub fn bert_tensors() -> Vec<(String, Vec<usize>)> {
 }
 
 /// `config.json` of that BertModel.
-pub fn bert_config() -> Value {
+pub(crate) fn bert_config() -> Value {
     json!({
         "architectures": ["BertModel"], "model_type": "bert", "vocab_size": 60, "hidden_size": 16,
         "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 512,
@@ -124,7 +124,7 @@ pub fn bert_config() -> Value {
 }
 
 /// A checkpoint with these tensors, of synthetic values.
-pub fn checkpoint(folder: &Path, config: &Value, tensors: &[(String, Vec<usize>)]) {
+pub(crate) fn checkpoint(folder: &Path, config: &Value, tensors: &[(String, Vec<usize>)]) {
     fs::create_dir_all(folder).unwrap();
     fs::write(folder.join("config.json"), config.to_string()).unwrap();
     let made = |(name, shape): &(String, Vec<usize>)| {
@@ -135,7 +135,7 @@ pub fn checkpoint(folder: &Path, config: &Value, tensors: &[(String, Vec<usize>)
 }
 
 /// A tokenizer of whole words: `[PAD]`, `[UNK]`, `[CLS]`, `[SEP]`, and those of `words`.
-pub fn tokenizer(path: &Path, words: &[&str]) {
+pub(crate) fn tokenizer(path: &Path, words: &[&str]) {
     let special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"];
     let vocabulary: serde_json::Map<String, Value> =
         special.iter().chain(words).enumerate().map(|(id, word)| ((*word).to_owned(), id.into())).collect();

@@ -34,8 +34,8 @@ pub(crate) fn why_not(error: &NvmlError) -> String {
             "NVML does not exist on macOS, and GPUs without it are not listed".into()
         }
         NvmlError::LibloadingError(e) => format!(
-            "the NVIDIA driver's NVML library is not there ({e}); if the machine has an NVIDIA GPU, install the driver, \
-             and in a container ask for its `utility` capability"
+            "the NVIDIA driver's NVML library is not there ({e}); if the machine has an NVIDIA GPU, install the \
+             driver, and in a container ask for its `utility` capability"
         ),
         NvmlError::DriverNotLoaded => {
             "NVML is there, but the NVIDIA kernel driver is not loaded (`modprobe nvidia`)".into()

@@ -1,9 +1,9 @@
 //! Measured ceilings of the CPU, kept per machine.
 //!
 //! Arithmetic and bandwidth are measured at one thread and at all usable threads. Each number is the best of many
-//! short trials: what disturbs a trial can only slow it down, and a ceiling is what the machine can reach. A trial lasts
-//! about as long as the scheduler leaves a thread alone. AMX tiles are not measured, as nothing in this project uses
-//! them.
+//! short trials: what disturbs a trial can only slow it down, and a ceiling is what the machine can reach. A trial is
+//! shorter than the time for which a scheduler leaves a thread alone. AMX tiles are not measured, as nothing in this
+//! project uses them.
 
 mod bandwidth;
 mod compute;
@@ -232,8 +232,8 @@ fn array_bytes(machine: &Machine, threads: u32, least: u64) -> Result<u64, Warni
     let bytes = machine.memory.available_bytes.map_or(wanted, |available| wanted.min(available / MEMORY_SHARE));
     if bytes < cached.saturating_mul(CACHES_NEEDED).max(1 << 20) {
         let message = format!(
-            "bandwidth at {threads} threads was not measured: past {cached} bytes of cache it takes an array of {wanted} \
-             bytes, and a quarter of the available memory is {bytes}; free memory and measure again"
+            "bandwidth at {threads} threads was not measured: past {cached} bytes of cache it takes an array of \
+             {wanted} bytes, and a quarter of the available memory is {bytes}; free memory and measure again"
         );
         return Err(Warning { kind: "memory".into(), message });
     }

@@ -1,7 +1,8 @@
 //! Energy of CPU packages from RAPL counters, through Linux's powercap files (`Documentation/power/powercap`).
 //!
 //! A package contains its cores and graphics, so only packages add up to a total. Memory (`dram`) and the whole
-//! platform (`psys`) are counted apart. Counters wrap, on some CPUs within minutes, and are read often enough to see it.
+//! platform (`psys`) are counted apart. Counters wrap, on some CPUs within minutes, and are read often enough to
+//! see it.
 
 use std::fs;
 use std::path::{Path, PathBuf};

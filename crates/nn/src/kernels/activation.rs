@@ -88,7 +88,8 @@ mod tests {
                     assert_eq!(y[n], 777.0, "written past the end");
                     for (&x, &y) in x.iter().zip(&y) {
                         let exact = activate_scalar(act, x);
-                        // the argument of the gate is rounded, and a gate e^-u has the relative error of u's absolute one
+                        // the argument of the gate is rounded, and a gate e^-u has the relative error of u's absolute
+                        // one
                         let close =
                             (f64::from(y) - exact).abs() <= 1e-6 * exact.abs() * (1.0 + f64::from(x).abs()) + 1e-38;
                         assert!(

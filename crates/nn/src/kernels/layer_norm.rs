@@ -92,7 +92,7 @@ simd_entry! {
 /// # Panics
 /// When `w` is empty or differs in length from `b`, or `x` is not whole rows, as many as `y` has.
 pub(crate) fn layer_norm(x: &[f32], w: &[f32], b: &[f32], eps: f32, y: &mut [MaybeUninit<f32>]) {
-    assert!(!w.is_empty() && w.len() == b.len() && x.len() % w.len() == 0 && x.len() == y.len());
+    assert!(!w.is_empty() && w.len() == b.len() && x.len().is_multiple_of(w.len()) && x.len() == y.len());
     // SAFETY: the current set is one that the CPU has; lengths just checked.
     unsafe { layer_norm_on(Isa::current(), x, w, b, eps, y) }
 }

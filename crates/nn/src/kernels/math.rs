@@ -1,15 +1,14 @@
 //! exp, tanh, logistic, the normal distribution function (which is erf: Φ(x) = (1 + erf(x/√2)) / 2) and the activations
 //! made of them, on one vector. They are branch-free, meant to be inlined into a kernel's loop.
 //!
-//! Largest errors seen at 116 million arguments over all of f32, in units in the last place of the true value: exp 1.05,
-//! logistic 2.4, tanh 2.5, Φ 6 (7 without FMA), also in the tail, where 1 + erf in f32 would be 0 from x = -5.5 on,
-//! and in units of 2^-149 where the value is subnormal. The tests below hold them.
+//! Largest errors seen at 116 million arguments over all of f32, in units in the last place of the true value: exp
+//! 1.05, logistic 2.4, tanh 2.5, Φ 6 (7 without FMA), also in the tail, where 1 + erf in f32 would be 0 from x = -5.5
+//! on, and in units of 2^-149 where the value is subnormal. The tests below hold them.
 //!
-//! Coefficients are minimax fits by iteratively reweighted least squares in f64, rounded to f32 one after the other with
-//! the rest fitted again.
+//! Coefficients are minimax fits by iteratively reweighted least squares in f64, rounded to f32 one after the other
+//! with the rest fitted again.
 
 #![expect(unsafe_code, reason = "generic over an instruction set; the contract is that of `Simd`")]
-#![expect(clippy::missing_safety_doc, reason = "the CPU has the instruction set `S`, and nothing else is asked")]
 
 use super::simd::Simd;
 use crate::activation::Activation;
@@ -112,7 +111,7 @@ pub(crate) unsafe fn normal_cdf<S: Simd>(x: S::F) -> S::F {
 }
 
 /// √(8/π), the factor of the tanh form of GELU written with the logistic function.
-const SQRT_8_OVER_PI: f32 = 1.595_769_1;
+const SQRT_8_OVER_PI: f32 = 1.595_769;
 
 /// `act` of every lane. At -∞ the self-gated ones (GELU, SiLU) give NaN, as PyTorch's do.
 #[inline(always)]

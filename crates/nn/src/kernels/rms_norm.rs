@@ -53,7 +53,7 @@ simd_entry! { fn rms_norm_on(x: &[f32], w: &[f32], eps: f32, y: &mut [MaybeUnini
 /// # Panics
 /// When `w` is empty, or `x` is not whole rows, as many as `y` has.
 pub(crate) fn rms_norm(x: &[f32], w: &[f32], eps: f32, y: &mut [MaybeUninit<f32>]) {
-    assert!(!w.is_empty() && x.len() % w.len() == 0 && x.len() == y.len());
+    assert!(!w.is_empty() && x.len().is_multiple_of(w.len()) && x.len() == y.len());
     // SAFETY: the current set is one that the CPU has; lengths just checked.
     unsafe { rms_norm_on(Isa::current(), x, w, eps, y) }
 }

@@ -1,11 +1,10 @@
 //! One vector of f32 lanes on each instruction set, so that a kernel is written once and compiled for all of them.
 //!
-//! A kernel is an `#[inline(always)] unsafe fn kernel<S: Simd>(...)`; [`simd_entry!`] makes the safe function that takes
-//! an [`Isa`](super::isa::Isa) and enters the copy compiled with that set's `#[target_feature]`s. Everything between the
-//! entry and the intrinsics must be `#[inline(always)]`, or it is compiled for the baseline.
+//! A kernel is an `#[inline(always)] unsafe fn kernel<S: Simd>(...)`; [`simd_entry!`] makes the safe function that
+//! takes an [`Isa`](super::isa::Isa) and enters the copy compiled with that set's `#[target_feature]`s. Everything
+//! between the entry and the intrinsics must be `#[inline(always)]`, or it is compiled for the baseline.
 
 #![expect(unsafe_code, reason = "intrinsics; the contract is stated once, on the trait")]
-#![expect(clippy::missing_safety_doc, reason = "the contract of every method is the trait's")]
 
 /// A vector of `LANES` f32.
 ///
@@ -45,7 +44,6 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn max(a: Self::F, b: Self::F) -> Self::F;
     /// The smaller; `b` where either is NaN.
     unsafe fn min(a: Self::F, b: Self::F) -> Self::F;
-    unsafe fn sqrt(a: Self::F) -> Self::F;
     unsafe fn abs(a: Self::F) -> Self::F;
     /// Magnitude of `a`, sign of `b`.
     unsafe fn copysign(a: Self::F, b: Self::F) -> Self::F;
@@ -144,7 +142,6 @@ impl Simd for Scalar {
         }
         fn max(a: [f32; 4], b: [f32; 4]) -> [f32; 4] { each(|i| if a[i] > b[i] { a[i] } else { b[i] }) }
         fn min(a: [f32; 4], b: [f32; 4]) -> [f32; 4] { each(|i| if a[i] < b[i] { a[i] } else { b[i] }) }
-        fn sqrt(a: [f32; 4]) -> [f32; 4] { each(|i| a[i].sqrt()) }
         fn abs(a: [f32; 4]) -> [f32; 4] { each(|i| a[i].abs()) }
         fn copysign(a: [f32; 4], b: [f32; 4]) -> [f32; 4] { each(|i| a[i].copysign(b[i])) }
         fn round(a: [f32; 4]) -> [f32; 4] {
@@ -209,7 +206,6 @@ mod x86 {
             fn mul_error(a: __m256, b: __m256, product: __m256) -> __m256 { _mm256_fmsub_ps(a, b, product) }
             fn max(a: __m256, b: __m256) -> __m256 { _mm256_max_ps(a, b) }
             fn min(a: __m256, b: __m256) -> __m256 { _mm256_min_ps(a, b) }
-            fn sqrt(a: __m256) -> __m256 { _mm256_sqrt_ps(a) }
             fn abs(a: __m256) -> __m256 { _mm256_andnot_ps(_mm256_set1_ps(-0.0), a) }
             fn copysign(a: __m256, b: __m256) -> __m256 {
                 let sign = _mm256_set1_ps(-0.0);
@@ -282,7 +278,6 @@ mod x86 {
             fn mul_error(a: __m512, b: __m512, product: __m512) -> __m512 { _mm512_fmsub_ps(a, b, product) }
             fn max(a: __m512, b: __m512) -> __m512 { _mm512_max_ps(a, b) }
             fn min(a: __m512, b: __m512) -> __m512 { _mm512_min_ps(a, b) }
-            fn sqrt(a: __m512) -> __m512 { _mm512_sqrt_ps(a) }
             fn abs(a: __m512) -> __m512 { _mm512_abs_ps(a) }
             fn copysign(a: __m512, b: __m512) -> __m512 {
                 let sign = _mm512_set1_ps(-0.0);
@@ -368,7 +363,6 @@ mod arm {
             fn mul_error(a: float32x4_t, b: float32x4_t, product: float32x4_t) -> float32x4_t { vfmaq_f32(vnegq_f32(product), a, b) }
             fn max(a: float32x4_t, b: float32x4_t) -> float32x4_t { vbslq_f32(vcgtq_f32(a, b), a, b) }
             fn min(a: float32x4_t, b: float32x4_t) -> float32x4_t { vbslq_f32(vcltq_f32(a, b), a, b) }
-            fn sqrt(a: float32x4_t) -> float32x4_t { vsqrtq_f32(a) }
             fn abs(a: float32x4_t) -> float32x4_t { vabsq_f32(a) }
             fn copysign(a: float32x4_t, b: float32x4_t) -> float32x4_t { vbslq_f32(vdupq_n_u32(0x8000_0000), b, a) }
             fn round(a: float32x4_t) -> float32x4_t { vrndnq_f32(a) }

@@ -210,7 +210,7 @@ pub(super) fn roofline(name: &str, ceilings: &[Ceiling], points: &[Point]) -> Pl
             .axis_desc_style(("sans-serif", FONT).into_font().color(&INK))
             .x_desc("arithmetic intensity, FLOP per byte")
             .x_label_formatter(&|x| power_of_ten(*x, |x| format!("{x}")))
-            .y_label_formatter(&|y| power_of_ten(*y, |y| tick(y)))
+            .y_label_formatter(&|y| power_of_ten(*y, tick))
             .draw()?;
         for ceiling in ceilings {
             let start = left.max(bottom / ceiling.bytes_per_second);

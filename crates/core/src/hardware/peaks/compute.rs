@@ -139,7 +139,9 @@ mod x86 {
         [
             offer!(is_x86_feature_detected: "avx512f" => "f32", "avx512f fma 512-bit", f32_512),
             f32_256.or(f32_128),
-            offer!(is_x86_feature_detected: "avx512f", "avx512bf16" => "bf16", "avx512bf16 vdpbf16ps 512-bit", bf16_512),
+            offer!(
+                is_x86_feature_detected: "avx512f", "avx512bf16" => "bf16", "avx512bf16 vdpbf16ps 512-bit", bf16_512
+            ),
             offer!(
                 is_x86_feature_detected: "avx512f", "avx512bf16", "avx512vl" =>
                 "bf16", "avx512bf16 vdpbf16ps 256-bit", bf16_256

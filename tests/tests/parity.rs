@@ -1,0 +1,46 @@
+//! Every reference case of the families that run: outputs within the case's own tolerance, and exactly its tensors read.
+
+use roofbench_core::reference::{Case, Kind, Setting, find};
+use roofbench_tests::{Models, families, fixtures};
+
+/// Runs the cases of `kind`; how many there were.
+fn check(kind: Kind) -> usize {
+    let mut count = 0;
+    let mut wrong = Vec::new();
+    for folder in find(&fixtures()).unwrap() {
+        let case = Case::read(&folder).unwrap();
+        if case.kind != kind || !families().any(|family| family == case.family) {
+            continue;
+        }
+        count += 1;
+        match case.run(&Models, &Setting::default()) {
+            Ok(verdict) => {
+                assert!(!verdict.outputs.is_empty(), "{}: a case without answers checks nothing", folder.display());
+                assert_eq!(verdict.weights.is_some(), kind == Kind::Model, "{}", folder.display());
+                if !verdict.passed() {
+                    wrong.push(format!("{}/{}: {:?} {:?}", case.family, case.name, verdict.weights, verdict.outputs));
+                }
+            }
+            Err(error) => wrong.push(format!("{}/{}: {error}", case.family, case.name)),
+        }
+    }
+    assert!(wrong.is_empty(), "{} of {count} cases are wrong:\n{}", wrong.len(), wrong.join("\n"));
+    count
+}
+
+#[test]
+fn models_agree_with_transformers() {
+    assert!(check(Kind::Model) >= families().count());
+}
+
+#[test]
+fn preprocessing_agrees_with_transformers() {
+    assert!(check(Kind::Preprocess) > 0);
+}
+
+#[test]
+fn every_family_has_cases() {
+    for family in families() {
+        assert!(!find(&fixtures().join(family)).unwrap().is_empty(), "{family}");
+    }
+}

@@ -1,0 +1,19 @@
+//! The tensors that a model reads at its published size: as many numbers as the checkpoint has parameters.
+
+use roofbench_core::catalog;
+use roofbench_tests::{families, synthetic};
+
+/// Larger checkpoints have the same names in more layers, and would only take time and memory.
+const LARGEST: u64 = 150_000_000;
+
+#[test]
+fn default_checkpoints_are_read_to_the_last_parameter() {
+    for name in families() {
+        let family = catalog::family(name).unwrap();
+        for checkpoint in family.checkpoints.iter().filter(|checkpoint| checkpoint.parameters <= LARGEST) {
+            let (_, weights) = synthetic(name, &checkpoint.class, &checkpoint.config).unwrap();
+            let read: usize = weights.requested().values().map(|shape| shape.iter().product::<usize>()).sum();
+            assert_eq!(read as u64, checkpoint.parameters, "{}", checkpoint.repository);
+        }
+    }
+}
