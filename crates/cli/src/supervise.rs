@@ -109,7 +109,7 @@ impl Supervisor {
                 Ok(Event::Interrupt) => {
                     self.interrupts += 1;
                     if self.interrupts == 1 {
-                        told(Told::Status("finishing this sample (Ctrl-C again ends at once)"));
+                        told(Told::Noise("finishing the sample at hand; Ctrl-C again ends at once"));
                         let _ = writeln!(input, "{STOP}").and_then(|()| input.flush());
                     } else {
                         kill(&mut worker)?;
@@ -163,7 +163,7 @@ pub(crate) enum Told<'a> {
     Status(&'a str),
     /// A line for the reader.
     Answer(&'a str),
-    /// A line of its log.
+    /// A line of its log, or of what happens to it.
     Noise(&'a str),
 }
 

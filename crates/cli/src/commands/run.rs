@@ -39,6 +39,7 @@ Examples:
 
 Exit status: 0 all is measured (or skipped with a reason), 1 a cell failed, 2 the command could not start,
 130 interrupted.")]
+#[group(id = "run")]
 pub(crate) struct Arguments {
     /// Families, as `roofbench list` names them; all that this build runs when none is given
     #[arg(value_name = "FAMILY")]

@@ -8,9 +8,10 @@
 //! cache. The rows of a task are cut into tiles of nearly equal height, so no remainder is slow. Few rows, down to one
 //! (decoding), are the same kernel: a tile then reads W in the order in which it lies, at memory speed.
 //!
-//! Measured on one core of an AMD EPYC of the Zen 5 generation (48 KiB, 1 MiB, 32 MiB caches; best of 24, beside other
-//! work), `cargo bench -p roofbench-nn --bench matmul` and `--bench gemv`; 100 % is what fused multiply-adds on
-//! registers reach in the same rounds, 290 GFLOP/s (AVX-512) and 145 (AVX2):
+//! Measured on a virtual machine with two cores of an AMD EPYC of the Zen 5 generation (48 KiB, 1 MiB, 32 MiB caches;
+//! best of 12 to 36 rounds, beside other work) with `cargo bench -p roofbench-nn --bench matmul` and `--bench gemv`;
+//! 100 % is what fused multiply-adds on registers reach, 290 GFLOP/s (AVX-512) and 145 (AVX2) on one thread, and twice
+//! 290 for the column of two threads, which had to share the cores with others:
 //!
 //! | m × k × n | AVX-512 | two threads | AVX2 |
 //! |---|---|---|---|
