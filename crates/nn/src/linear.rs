@@ -8,8 +8,22 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, DType, Layout, Result, Sh
 use candle_nn::VarBuilder;
 
 use crate::activation::Activation;
+use crate::kernels::KernelError;
 use crate::kernels::matmul::{Epilogue, PackedMatrix, Rows, Weights, matmul};
+use crate::kernels::quant::{Quantization, QuantizedMatrix, matmul_quantized};
 use crate::memory;
+
+/// In what form a layer on the CPU keeps its weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Precision {
+    /// That of the tensor it is made from.
+    #[default]
+    Native,
+    /// 8.5 bits per weight: see [`quant`](crate::kernels::quant) for what is rounded.
+    Q8,
+    /// 4.5 bits per weight.
+    Q4,
+}
 
 /// A dense layer. Cloning shares the weights.
 ///
@@ -38,9 +52,44 @@ pub struct Linear {
 #[derive(Clone)]
 enum Weight {
     /// For the kernel.
-    Packed { matrix: Arc<PackedMatrix>, bias: Option<Arc<[f32]>> },
+    Packed { matrix: Arc<Matrix>, bias: Option<Arc<[f32]>> },
     /// For candle: (out, in) and (out).
     Plain { weight: Tensor, bias: Option<Tensor> },
+}
+
+/// Weights that a kernel reads.
+enum Matrix {
+    Native(PackedMatrix),
+    Quantized(QuantizedMatrix),
+}
+
+impl Matrix {
+    fn n(&self) -> usize {
+        match self {
+            Self::Native(matrix) => matrix.n(),
+            Self::Quantized(matrix) => matrix.n(),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Native(matrix) => matrix.bytes(),
+            Self::Quantized(matrix) => matrix.bytes(),
+        }
+    }
+
+    fn product(
+        &self,
+        x: Rows<'_>,
+        m: usize,
+        epilogue: &Epilogue<'_>,
+        out: &mut [MaybeUninit<f32>],
+    ) -> std::result::Result<(), KernelError> {
+        match self {
+            Self::Native(matrix) => matmul(x, m, matrix, epilogue, out),
+            Self::Quantized(matrix) => matmul_quantized(x, m, matrix, epilogue, out),
+        }
+    }
 }
 
 impl Linear {
@@ -49,6 +98,26 @@ impl Linear {
     /// # Errors
     /// When the shapes do not fit together.
     pub fn new(weight: &Tensor, bias: Option<&Tensor>) -> Result<Self> {
+        Self::new_with(weight, bias, Precision::Native)
+    }
+
+    /// As [`new`](Self::new), with the weights kept as `precision` says.
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use roofbench_nn::linear::{Linear, Precision};
+    ///
+    /// let weight = Tensor::ones((64, 96), candle_core::DType::F32, &Device::Cpu)?; // (out, in)
+    /// let linear = Linear::new_with(&weight, None, Precision::Q8)?;
+    /// assert_eq!(linear.weight_bytes(), 64 * (96 + 2 * 96 / 32)); // a byte per weight and two per 32
+    /// let y = linear.forward(&Tensor::ones((1, 96), candle_core::DType::F32, &Device::Cpu)?)?;
+    /// assert!((y.max_all()?.to_scalar::<f32>()? - 96.0).abs() < 0.5);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// When the shapes do not fit together, or weights that are not f32, bf16 or f16 on the CPU are to be quantised.
+    pub fn new_with(weight: &Tensor, bias: Option<&Tensor>, precision: Precision) -> Result<Self> {
         memory::keep_freed_memory();
         let (out_dim, in_dim) = weight.dims2()?;
         if let Some(bias) = bias
@@ -56,11 +125,16 @@ impl Linear {
         {
             bail!("linear: the weight has shape {:?}, the bias {:?}; expected [{out_dim}]", weight.dims(), bias.dims());
         }
-        let weight = match pack(&weight.contiguous()?, out_dim, in_dim)? {
+        let weight = match pack(&weight.contiguous()?, out_dim, in_dim, precision)? {
             Some(matrix) => {
                 let bias = bias.map(|bias| bias.to_dtype(DType::F32)?.to_vec1::<f32>()).transpose()?;
                 Weight::Packed { matrix: Arc::new(matrix), bias: bias.map(Arc::from) }
             }
+            None if precision != Precision::Native => bail!(
+                "linear: {precision:?} is for weights in f32, bf16 or f16 on the CPU; these are {:?} on {:?}",
+                weight.dtype(),
+                weight.device().location()
+            ),
             None => Weight::Plain { weight: weight.clone(), bias: bias.cloned() },
         };
         Ok(Self { in_dim, out_dim, weight })
@@ -189,7 +263,7 @@ fn with_last(dims: &[usize], last: usize) -> Shape {
 }
 
 /// `None` for a device or dtype that the kernel does not do.
-fn pack(weight: &Tensor, n: usize, k: usize) -> Result<Option<PackedMatrix>> {
+fn pack(weight: &Tensor, n: usize, k: usize, precision: Precision) -> Result<Option<Matrix>> {
     let (storage, layout) = weight.storage_and_layout();
     let Storage::Cpu(storage) = &*storage else { return Ok(None) };
     let range = layout.start_offset()..layout.start_offset() + n * k;
@@ -199,7 +273,13 @@ fn pack(weight: &Tensor, n: usize, k: usize) -> Result<Option<PackedMatrix>> {
         CpuStorage::F16(w) => Weights::F16(&w[range]),
         _ => return Ok(None),
     };
-    PackedMatrix::pack(weights, n, k).map(Some).map_err(candle_core::Error::wrap)
+    let quantized = |quantization| QuantizedMatrix::quantize(weights, n, k, quantization).map(Matrix::Quantized);
+    let matrix = match precision {
+        Precision::Native => PackedMatrix::pack(weights, n, k).map(Matrix::Native),
+        Precision::Q8 => quantized(Quantization::Q8),
+        Precision::Q4 => quantized(Quantization::Q4),
+    };
+    matrix.map(Some).map_err(candle_core::Error::wrap)
 }
 
 fn plain(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
@@ -242,7 +322,7 @@ fn rows<'a>((storage, layout): (&'a CpuStorage, &Layout)) -> Result<Rows<'a>> {
 
 /// The product as candle calls it.
 struct Product<'a> {
-    matrix: &'a PackedMatrix,
+    matrix: &'a Matrix,
     bias: Option<&'a [f32]>,
     activation: Activation,
 }
@@ -254,7 +334,7 @@ impl Product<'_> {
         let shape = with_last(x.1.dims(), self.matrix.n());
         let m = x.1.dims().split_last().map_or(1, |(_, rows)| rows.iter().product());
         let y = filled(shape.elem_count(), |out| {
-            matmul(rows(x)?, m, self.matrix, &epilogue, out).map_err(candle_core::Error::wrap)
+            self.matrix.product(rows(x)?, m, &epilogue, out).map_err(candle_core::Error::wrap)
         })?;
         Ok((CpuStorage::F32(y), shape))
     }
@@ -379,6 +459,37 @@ mod tests {
             assert_close(&linear.forward(&x).unwrap(), &expected(&x, &weight, Some(&bias)));
             assert!(linear.weight_bytes() < 100 * 96 * 2 + 4 * 70 + 1);
         }
+    }
+
+    /// Half a step of a weight is 1/254 (8 bits) or at most 1/8 (4 bits) of the largest in its block, and so in its row;
+    /// half a step of an activation 1/254 of the largest.
+    #[test]
+    fn quantized_weights() {
+        let (weight, bias, x) = (random(&[70, 100]), random(&[70]), random(&[2, 9, 100]));
+        let residual = random(&[2, 9, 70]);
+        let largest = |t: &Tensor| t.abs().unwrap().max_keepdim(D::Minus1).unwrap().to_dtype(DType::F64).unwrap();
+        let sums = |t: &Tensor| t.abs().unwrap().sum_keepdim(D::Minus1).unwrap().to_dtype(DType::F64).unwrap();
+        let wide = expected(&x, &weight, Some(&bias));
+        for (precision, step, bits) in [(Precision::Q8, 1.0 / 127.0, 8), (Precision::Q4, 1.0 / 4.0, 4)] {
+            let linear = Linear::new_with(&weight, Some(&bias), precision).unwrap();
+            // 100 are padded to 128, 70 columns to at most 96
+            assert!((70..=96).contains(&((linear.weight_bytes() - 4 * 70) / (128 * bits / 8 + 2 * 4))));
+            let of_weights = sums(&x).broadcast_mul(&largest(&weight).t().unwrap()).unwrap();
+            let of_inputs = largest(&x).broadcast_mul(&sums(&weight).t().unwrap()).unwrap();
+            // 1.01: scales are rounded up, and the two roundings meet
+            let most = ((of_weights * (1.01 * step / 2.0)).unwrap() + (of_inputs * (1.2 / 254.0)).unwrap()).unwrap();
+            let check = |found: Tensor, expected: &Tensor| {
+                let error = (found.to_dtype(DType::F64).unwrap() - expected).unwrap().abs().unwrap();
+                let above = error.gt(&most).unwrap().sum_all().unwrap().to_scalar::<u8>().unwrap();
+                assert_eq!(above, 0, "{precision:?}");
+            };
+            check(linear.forward(&x).unwrap(), &wide);
+            check(linear.forward_act(&x, Activation::Relu).unwrap(), &wide.relu().unwrap());
+            let added = (&wide + residual.to_dtype(DType::F64).unwrap()).unwrap();
+            check(linear.forward_add(&x, &residual).unwrap(), &added);
+        }
+        let error = Linear::new_with(&weight.to_dtype(DType::F64).unwrap(), None, Precision::Q4).err().unwrap();
+        assert!(error.to_string().contains("Q4") && error.to_string().contains("F64"), "{error}");
     }
 
     #[test]

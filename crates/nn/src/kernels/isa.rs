@@ -70,6 +70,79 @@ impl Isa {
     }
 }
 
+/// How bytes are multiplied and summed four at a time: found apart from [`Isa`], which says nothing about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Dot {
+    /// Plain Rust.
+    Scalar,
+    /// Arm: widening products, added in pairs.
+    Neon,
+    /// Arm with `dotprod`: `sdot`.
+    NeonDot,
+    /// `vpmaddubsw` and `vpmaddwd`, 256-bit.
+    Avx2,
+    /// `vpdpbusd` of AVX-VNNI, 256-bit.
+    AvxVnni,
+    /// `vpmaddubsw` and `vpmaddwd`, 512-bit.
+    Avx512,
+    /// `vpdpbusd` of AVX-512 VNNI, 512-bit.
+    Avx512Vnni,
+}
+
+impl Dot {
+    /// All; of those of one instruction set, the quickest last.
+    pub const ALL: [Self; 7] =
+        [Self::Scalar, Self::Neon, Self::NeonDot, Self::Avx2, Self::AvxVnni, Self::Avx512, Self::Avx512Vnni];
+
+    /// The instruction set that goes with it.
+    pub fn isa(self) -> Isa {
+        match self {
+            Self::Scalar => Isa::Scalar,
+            Self::Neon | Self::NeonDot => Isa::Neon,
+            Self::Avx2 | Self::AvxVnni => Isa::Avx2,
+            Self::Avx512 | Self::Avx512Vnni => Isa::Avx512,
+        }
+    }
+
+    /// Whether this CPU can run it.
+    pub fn is_available(self) -> bool {
+        let has_dot = match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::AvxVnni => is_x86_feature_detected!("avxvnni"),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Vnni => is_x86_feature_detected!("avx512vnni"),
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonDot => std::arch::is_aarch64_feature_detected!("dotprod"),
+            _ => true,
+        };
+        has_dot && self.isa().is_available()
+    }
+
+    /// Those that this CPU can run.
+    pub fn available() -> impl Iterator<Item = Self> {
+        Self::ALL.into_iter().filter(|dot| dot.is_available())
+    }
+
+    /// The quickest that goes with [`Isa::current`].
+    pub fn current() -> Self {
+        Self::available().filter(|dot| dot.isa() == Isa::current()).last().unwrap_or(Self::Scalar)
+    }
+}
+
+impl fmt::Display for Dot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Scalar => "scalar",
+            Self::Neon => "neon",
+            Self::NeonDot => "neon dotprod",
+            Self::Avx2 => "avx2",
+            Self::AvxVnni => "avx2 vnni",
+            Self::Avx512 => "avx512",
+            Self::Avx512Vnni => "avx512 vnni",
+        })
+    }
+}
+
 impl fmt::Display for Isa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

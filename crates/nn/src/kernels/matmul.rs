@@ -48,10 +48,10 @@ use crate::memory::Buffer;
 use crate::pool;
 
 /// Vectors in a row of a panel.
-const VECTORS: usize = 2;
+pub(super) const VECTORS: usize = 2;
 /// Steps over k between two additions to C. The sum of a block is a chain in registers, so this is also part of the
 /// definition of the result: the same for every m, thread and path, and an item in a batch equals the item alone.
-const K_BLOCK: usize = 768;
+pub(super) const K_BLOCK: usize = 768;
 /// Bytes of one block of panels, kept in the second-level cache while the rows go by.
 const GROUP_BYTES: usize = 512 << 10;
 
@@ -67,7 +67,7 @@ pub enum Weights<'a> {
 }
 
 impl Weights<'_> {
-    fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         match self {
             Self::F32(w) => w.len(),
             Self::Bf16(w) => w.len(),
@@ -131,7 +131,7 @@ impl PackedMatrix {
     }
 }
 
-fn panel_width(isa: Isa) -> usize {
+pub(super) fn panel_width(isa: Isa) -> usize {
     fn width<S: Simd>() -> usize {
         VECTORS * S::LANES
     }
@@ -170,13 +170,13 @@ fn pack_panels<T: Copy + Default + Send + Sync>(w: &[T], n: usize, k: usize, wid
 
 /// A pointer that tasks share; they write disjoint parts.
 #[derive(Clone, Copy)]
-struct SendPtr<T>(*mut T);
+pub(super) struct SendPtr<T>(pub(super) *mut T);
 // SAFETY: only the holder's promise of disjointness is needed.
 unsafe impl<T> Send for SendPtr<T> {}
 // SAFETY: as above.
 unsafe impl<T> Sync for SendPtr<T> {}
 impl<T> SendPtr<T> {
-    fn get(self) -> *mut T {
+    pub(super) fn get(self) -> *mut T {
         self.0
     }
 }
@@ -233,14 +233,7 @@ pub fn matmul(
     epilogue: &Epilogue<'_>,
     out: &mut [MaybeUninit<f32>],
 ) -> Result<(), KernelError> {
-    a.check("A", m, w.k)?;
-    KernelError::check("C", m.checked_mul(w.n), out.len())?;
-    if let Some(bias) = epilogue.bias {
-        KernelError::check("bias", Some(w.n), bias.len())?;
-    }
-    if let Some(residual) = epilogue.residual {
-        residual.check("residual", m, w.n)?;
-    }
+    check_lengths(a, m, w.n, w.k, epilogue, out.len())?;
     if out.is_empty() {
         return Ok(());
     }
@@ -262,18 +255,38 @@ pub fn matmul(
     Ok(())
 }
 
+/// A, C (of length `out`) and what the epilogue holds fit (m, n, k).
+pub(super) fn check_lengths(
+    a: Rows<'_>,
+    m: usize,
+    n: usize,
+    k: usize,
+    epilogue: &Epilogue<'_>,
+    out: usize,
+) -> Result<(), KernelError> {
+    a.check("A", m, k)?;
+    KernelError::check("C", m.checked_mul(n), out)?;
+    if let Some(bias) = epilogue.bias {
+        KernelError::check("bias", Some(n), bias.len())?;
+    }
+    if let Some(residual) = epilogue.residual {
+        residual.check("residual", m, n)?;
+    }
+    Ok(())
+}
+
 /// How C is cut into tasks: `row_parts` × `panel_parts` rectangles of nearly equal sides.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Grid {
-    m: usize,
-    panels: usize,
-    row_parts: usize,
-    panel_parts: usize,
+pub(super) struct Grid {
+    pub(super) m: usize,
+    pub(super) panels: usize,
+    pub(super) row_parts: usize,
+    pub(super) panel_parts: usize,
 }
 
 impl Grid {
     /// The cut with the least estimated time: rounds of tasks over the threads, times what a task multiplies and reads.
-    fn choose(m: usize, panels: usize, width: usize, k: usize, threads: usize) -> Self {
+    pub(super) fn choose(m: usize, panels: usize, width: usize, k: usize, threads: usize) -> Self {
         // In cycles per step of k, one being a row times a panel: to fetch a panel, and a row, from beyond the
         // second-level cache, to take a task, and to call the other threads.
         const PANEL: f64 = 6.0;
@@ -300,31 +313,31 @@ impl Grid {
         best.1
     }
 
-    fn tasks(&self) -> usize {
+    pub(super) fn tasks(&self) -> usize {
         self.row_parts * self.panel_parts
     }
 
     /// Rows and panels of a task. Those that follow one another share panels, which are what is costly to read.
-    fn task(&self, index: usize) -> (Range<usize>, Range<usize>) {
+    pub(super) fn task(&self, index: usize) -> (Range<usize>, Range<usize>) {
         let rows = share(self.m, self.row_parts, index % self.row_parts);
         (rows, share(self.panels, self.panel_parts, index / self.row_parts))
     }
 }
 
 /// The `index`-th of `parts` nearly equal parts of 0..len.
-fn share(len: usize, parts: usize, index: usize) -> Range<usize> {
+pub(super) fn share(len: usize, parts: usize, index: usize) -> Range<usize> {
     len * index / parts..len * (index + 1) / parts
 }
 
 /// One task.
-struct Block<'a> {
-    a: Rows<'a>,
-    c: *mut f32,
-    n: usize,
-    k: usize,
-    rows: Range<usize>,
-    panels: Range<usize>,
-    epilogue: &'a Epilogue<'a>,
+pub(super) struct Block<'a> {
+    pub(super) a: Rows<'a>,
+    pub(super) c: *mut f32,
+    pub(super) n: usize,
+    pub(super) k: usize,
+    pub(super) rows: Range<usize>,
+    pub(super) panels: Range<usize>,
+    pub(super) epilogue: &'a Epilogue<'a>,
 }
 
 simd_entry! {
@@ -344,7 +357,7 @@ simd_entry! {
 }
 
 /// A stored weight.
-trait Element: Copy {
+pub(super) trait Element: Copy {
     /// `S::LANES` of them, as f32.
     ///
     /// # Safety
@@ -377,19 +390,19 @@ impl Element for f16 {
 }
 
 /// Most rows of a micro-kernel: twice as many sums, two vectors of W and one of A fill the registers.
-const fn tile_rows(registers: usize) -> usize {
+pub(super) const fn tile_rows(registers: usize) -> usize {
     if registers >= 32 { MAX_ROWS } else { 6 }
 }
 
-const MAX_ROWS: usize = 12;
-const MAX_WIDTH: usize = 32;
+pub(super) const MAX_ROWS: usize = 12;
+pub(super) const MAX_WIDTH: usize = 32;
 
 /// How far ahead of its use W is asked for, in bytes.
 const AHEAD: usize = 8192;
 
 /// A tile on its way through memory.
 #[repr(align(64))]
-struct Staging([MaybeUninit<f32>; MAX_ROWS * MAX_WIDTH]);
+pub(super) struct Staging(pub(super) [MaybeUninit<f32>; MAX_ROWS * MAX_WIDTH]);
 
 #[inline(always)]
 unsafe fn multiply<S: Simd, E: Element>(block: &Block<'_>, panels: *const E) {
@@ -405,18 +418,21 @@ unsafe fn multiply<S: Simd, E: Element>(block: &Block<'_>, panels: *const E) {
                 let rows = block.rows.start + rows.start..block.rows.start + rows.end;
                 for panel in group.clone() {
                     // SAFETY: the caller's; rows, panel and block of k lie within A, W and C.
-                    unsafe { multiply_tile::<S, E>(block, panels, rows.clone(), panel, index, index + 1 == blocks) }
+                    unsafe {
+                        let b = panels.add((panel * block.k + index * K_BLOCK) * VECTORS * S::LANES);
+                        multiply_tile::<S, E>(block, b, rows.clone(), panel, index, index + 1 == blocks)
+                    }
                 }
             }
         }
     }
 }
 
-/// One panel over one block of k, for the rows of one tile.
+/// One panel over one block of k, which lies at `b`, for the rows of one tile.
 #[inline(always)]
-unsafe fn multiply_tile<S: Simd, E: Element>(
+pub(super) unsafe fn multiply_tile<S: Simd, E: Element>(
     block: &Block<'_>,
-    panels: *const E,
+    b: *const E,
     rows: Range<usize>,
     panel: usize,
     index: usize,
@@ -445,7 +461,6 @@ unsafe fn multiply_tile<S: Simd, E: Element>(
             staged: is_staged.then_some(staged),
         };
         let a_tile = a.data.as_ptr().add(rows.start * a.stride + step);
-        let b = panels.add((panel * k + step) * width);
         tile::<S, E>(rows.len(), a_tile, a.stride, b, K_BLOCK.min(k - step), &out);
         if is_staged {
             finish::<S>(activation, staged, rows.len(), columns, &out);
@@ -454,15 +469,15 @@ unsafe fn multiply_tile<S: Simd, E: Element>(
 }
 
 /// Where a tile goes and what is added to it.
-struct Out {
-    c: *mut f32,
-    stride: usize,
+pub(super) struct Out {
+    pub(super) c: *mut f32,
+    pub(super) stride: usize,
     /// Whether C holds the sum of earlier steps.
-    add: bool,
-    bias: Option<*const f32>,
-    residual: Option<(*const f32, usize)>,
+    pub(super) add: bool,
+    pub(super) bias: Option<*const f32>,
+    pub(super) residual: Option<(*const f32, usize)>,
     /// The sum goes here instead, bare.
-    staged: Option<*mut f32>,
+    pub(super) staged: Option<*mut f32>,
 }
 
 /// `M` rows of one panel over `steps` of k.
@@ -549,7 +564,13 @@ fn each<const M: usize>(mut f: impl FnMut(usize, usize)) {
 
 /// What a [`Tile`] does after the product, for a tile that does not fill its panel or has an activation.
 #[inline(always)]
-unsafe fn finish<S: Simd>(activation: Activation, staged: *const f32, height: usize, columns: usize, out: &Out) {
+pub(super) unsafe fn finish<S: Simd>(
+    activation: Activation,
+    staged: *const f32,
+    height: usize,
+    columns: usize,
+    out: &Out,
+) {
     macro_rules! each {
         ($($activation:ident)*) => {
             match activation {

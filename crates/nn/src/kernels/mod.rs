@@ -2,10 +2,12 @@
 
 pub(crate) mod activation;
 pub(crate) mod attention;
+pub(crate) mod dot;
 pub mod isa;
 pub(crate) mod layer_norm;
 pub(crate) mod math;
 pub mod matmul;
+pub mod quant;
 pub(crate) mod rms_norm;
 pub(crate) mod simd;
 
