@@ -110,9 +110,8 @@ impl QuantizedMatrix {
     /// other.
     fn most_byte_rows(&self) -> usize {
         match self.dot {
-            Dot::Avx512Vnni | Dot::AvxVnni | Dot::NeonDot => usize::MAX,
-            Dot::Avx2 | Dot::Avx512 => 8,
-            Dot::Neon | Dot::Scalar => 8,
+            Dot::Avx512Vnni | Dot::AvxVnni | Dot::NeonDot | Dot::Avx512 => usize::MAX,
+            Dot::Avx2 | Dot::Neon | Dot::Scalar => 16,
         }
     }
 }
@@ -352,7 +351,7 @@ impl Tiles {
     }
 }
 
-/// Most rows of a tile of bytes: twice as many f32 sums, as many of bytes, and the weights fill the registers.
+/// Most rows of a tile of bytes: twice as many sums of bytes, as many f32 sums, and the weights fill the registers.
 fn most_rows(dot: Dot) -> usize {
     fn rows<S: Simd>() -> usize {
         if S::REGISTERS >= 32 { MOST_ROWS } else { MOST_ROWS / 2 }
@@ -365,7 +364,7 @@ fn most_rows(dot: Dot) -> usize {
     }
 }
 
-const MOST_ROWS: usize = 8;
+const MOST_ROWS: usize = 6;
 
 fn quantize_rows(a: Rows<'_>, k: usize, tiles: Tiles, offset: i32, dot: Dot) -> Buffer<Activations> {
     /// Elements whose quantisation is worth calling another thread.
@@ -518,7 +517,7 @@ unsafe fn byte_tile<D: ByteDot, const BITS: usize>(
             }
         };
     }
-    heights!(1 2 3 4 5 6 7 8)
+    heights!(1 2 3 4 5 6)
 }
 
 /// How far ahead of its use W is asked for, in bytes.
@@ -532,44 +531,50 @@ impl<const BITS: usize, const M: usize> DotKernel for ByteTile<BITS, M> {
         let width = VECTORS * lanes;
         // SAFETY: the caller's.
         unsafe {
-            let mut sums = [[D::S::splat(0.0); M]; VECTORS];
+            let mut sums = [[D::S::splat(0.0); VECTORS]; M];
             for block in 0..blocks {
                 let w = self.w.add(block * width * block_bytes(BITS));
                 let a = self.a.add(block * M);
                 let four = |i: usize, step: usize| D::splat((*a.add(i)).steps.as_ptr().cast::<i32>().add(step).read());
                 D::S::prefetch(w.wrapping_add(AHEAD).cast());
-                for (j, sums) in sums.iter_mut().enumerate() {
-                    let scale = D::S::load_bf16(w.add(2 * j * lanes).cast());
-                    let mut dots: [D::I; M] = std::array::from_fn(|i| D::splat((*a.add(i)).correction));
-                    for step in 0..BITS {
-                        let p = w.add(2 * width + (step * width + j * lanes) * 4);
-                        if j == 0 || lanes * 4 >= 64 {
-                            D::S::prefetch(p.wrapping_add(AHEAD).cast());
-                        }
-                        let x = D::load(p);
-                        if BITS == 8 {
-                            for (i, dot) in dots.iter_mut().enumerate() {
-                                *dot = D::dot(*dot, x, four(i, step));
-                            }
-                        } else {
-                            let (low, high) = D::nibbles(x);
-                            for (i, dot) in dots.iter_mut().enumerate() {
-                                *dot = D::dot_nibbles(*dot, low, four(i, step));
-                                *dot = D::dot_nibbles(*dot, high, four(i, BITS + step));
-                            }
-                        }
+                let mut dots: [[D::I; VECTORS]; M] =
+                    std::array::from_fn(|i| [D::splat((*a.add(i)).correction); VECTORS]);
+                for step in 0..BITS {
+                    let p = w.add((2 + 4 * step) * width);
+                    D::S::prefetch(p.wrapping_add(AHEAD).cast());
+                    if width * 4 > 64 {
+                        D::S::prefetch(p.wrapping_add(AHEAD + 64).cast());
                     }
-                    for (i, sum) in sums.iter_mut().enumerate() {
-                        let product = D::S::mul(D::to_f32(dots[i]), scale);
-                        *sum = D::S::fma(product, D::S::splat((*a.add(i)).scale), *sum);
+                    let x: [D::I; VECTORS] = std::array::from_fn(|j| D::load(p.add(j * lanes * 4)));
+                    if BITS == 8 {
+                        each(&mut dots, |i, j, dot| D::dot(dot, x[j], four(i, step)));
+                    } else {
+                        let low: [D::I; VECTORS] = std::array::from_fn(|j| D::nibbles(x[j]).0);
+                        each(&mut dots, |i, j, dot| D::dot_nibbles(dot, low[j], four(i, step)));
+                        let high: [D::I; VECTORS] = std::array::from_fn(|j| D::nibbles(x[j]).1);
+                        each(&mut dots, |i, j, dot| D::dot_nibbles(dot, high[j], four(i, BITS + step)));
                     }
                 }
+                let scales: [_; VECTORS] = std::array::from_fn(|j| D::S::load_bf16(w.add(2 * j * lanes).cast()));
+                each(&mut sums, |i, j, sum| {
+                    let product = D::S::mul(D::to_f32(dots[i][j]), scales[j]);
+                    D::S::fma(product, D::S::splat((*a.add(i)).scale), sum)
+                });
             }
-            for (j, sums) in sums.iter().enumerate() {
-                for (i, &sum) in sums.iter().enumerate() {
-                    D::S::store(out.add(i * width + j * lanes), sum);
-                }
-            }
+            each(&mut sums, |i, j, sum| {
+                D::S::store(out.add(i * width + j * lanes), sum);
+                sum
+            });
+        }
+    }
+}
+
+/// Replaces every vector of a tile by what `f` makes of it.
+#[inline(always)]
+fn each<T: Copy, const M: usize>(tile: &mut [[T; VECTORS]; M], mut f: impl FnMut(usize, usize, T) -> T) {
+    for (i, row) in tile.iter_mut().enumerate() {
+        for (j, x) in row.iter_mut().enumerate() {
+            *x = f(i, j, *x);
         }
     }
 }
