@@ -28,8 +28,12 @@
 //! | … floats | 151 (137) | 224 (203) | 348 (331) | 680 (658) | 2312 (2279) |
 //! | AVX-512 without it, bytes | 22 (15) | 118 (91) | 219 (172) | 476 (383) | 1758 (1417) |
 //! | AVX-VNNI, bytes | 22 (19) | 106 (107) | 202 (205) | 450 (454) | 1657 (1679) |
-//! | AVX2, bytes | 33 (26) | 247 (188) | 473 (361) | 1068 (805) | |
-//! | … floats | 739 (801) | 922 (986) | 1152 (1211) | 1790 (1846) | |
+//! | AVX2, bytes | 33 (26) | 247 (188) | 473 (361) | 1068 (805) | 8227 (5907) |
+//! | … floats | 739 (801) | 922 (986) | 1152 (1211) | 1790 (1846) | 4991 (9068) |
+//!
+//! The column of 132 rows of AVX2 is noise of other work as much as the kernel (36 rows scale to 3.9 ms by bytes). As
+//! measured, floats were ahead twice: 8 bits there, and 4 bits at 1020 rows on AVX-512 without VNNI (18.8 ms against
+//! 19.5). With VNNI bytes were ahead in every cell.
 //!
 //! One row of 2048 × 8192 with AVX-512 VNNI runs at 53 (66) GB/s of W, of 8192 × 2048 at 49 (60), one thread.
 //!
@@ -123,8 +127,9 @@ impl QuantizedMatrix {
         self.panels.len()
     }
 
-    /// Up to this many rows bytes are multiplied, with more rows floats. On x86-64 bytes were the quicker at every
-    /// height (see the module); what is here of Arm and of plain Rust was not measured.
+    /// Up to this many rows bytes are multiplied, with more rows floats. With VNNI bytes were the quicker at every
+    /// height measured, without it up to 36 rows, and above that it is open (see the module); what is here of Arm and
+    /// of plain Rust was not measured.
     fn most_byte_rows(&self) -> usize {
         match self.dot {
             Dot::Avx512Vnni | Dot::AvxVnni | Dot::Avx512 | Dot::Avx2 | Dot::NeonDot => usize::MAX,
