@@ -162,7 +162,8 @@ impl Progress {
     pub(crate) fn end(&mut self, line: &str) {
         self.done += 1;
         self.bar.inc(1);
-        self.line(&format!("[{}/{}] {line}", self.done, self.all));
+        let place = if self.all > 1 { format!("[{}/{}] ", self.done, self.all) } else { String::new() };
+        self.line(&format!("{place}{line}"));
     }
 
     /// A line that stays.

@@ -174,7 +174,9 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     if !arguments.json && !records.is_empty() {
         ui::print(&roofbench_report::table(&records))?;
     }
-    eprintln!("{} in {}", ui::count(records.len(), "record"), path.display());
+    if !arguments.json {
+        eprintln!("{} in {}", ui::count(records.len(), "record"), path.display());
+    }
     if interrupted {
         eprintln!("interrupted: {} of {} done", records.len(), ui::count(jobs.len(), "cell"));
         return Ok(ExitCode::from(EXIT_INTERRUPTED));
