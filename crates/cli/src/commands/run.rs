@@ -260,7 +260,8 @@ fn dry_run(arguments: &Arguments, jobs: &[Job]) -> anyhow::Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    let mut table = ui::table(["cell", "checkpoint", "weights", "dtype", "threads", "device", "engine"]);
+    let mut table =
+        roofbench_report::empty_table(&["cell", "checkpoint", "weights", "dtype", "threads", "device", "engine"]);
     for job in jobs {
         let of = |flag: &str| job.requested.get(flag).cloned().unwrap_or_default();
         table.add_row([
