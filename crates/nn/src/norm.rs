@@ -32,7 +32,8 @@ fn check_size(what: &str, x: &Tensor, size: usize) -> Result<()> {
 /// use candle_core::{Device, Tensor};
 /// use roofbench_nn::norm::LayerNorm;
 ///
-/// let (weight, bias) = (Tensor::new(&[1f32, 1., 1., 2.], &Device::Cpu)?, Tensor::new(&[0f32, 0., 1., 0.], &Device::Cpu)?);
+/// let weight = Tensor::new(&[1f32, 1., 1., 2.], &Device::Cpu)?;
+/// let bias = Tensor::new(&[0f32, 0., 1., 0.], &Device::Cpu)?;
 /// let norm = LayerNorm::new(&weight, Some(&bias), 0.0)?;
 /// // mean 1, variance 4
 /// let y = norm.forward(&Tensor::new(&[[-1f32, -1., 3., 3.]], &Device::Cpu)?)?;

@@ -146,7 +146,8 @@ impl Simd for Scalar {
         fn copysign(a: [f32; 4], b: [f32; 4]) -> [f32; 4] { each(|i| a[i].copysign(b[i])) }
         fn round(a: [f32; 4]) -> [f32; 4] {
             // from 2^23 on all are integers; `round_ties_even` would be a call on baseline x86-64
-            each(|i| if a[i].abs() < 8_388_608.0 { (a[i].abs() + 8_388_608.0 - 8_388_608.0).copysign(a[i]) } else { a[i] })
+            const INTEGERS: f32 = 8_388_608.0;
+            each(|i| if a[i].abs() < INTEGERS { (a[i].abs() + INTEGERS - INTEGERS).copysign(a[i]) } else { a[i] })
         }
         fn scale_pow2(a: [f32; 4], n: [f32; 4]) -> [f32; 4] { each(|i| a[i] * f32::from_bits(((n[i] as i32 + 127) as u32) << 23)) }
         fn select_lt(a: [f32; 4], b: [f32; 4], x: [f32; 4], y: [f32; 4]) -> [f32; 4] { each(|i| if a[i] < b[i] { x[i] } else { y[i] }) }
@@ -360,7 +361,9 @@ mod arm {
             fn mul(a: float32x4_t, b: float32x4_t) -> float32x4_t { vmulq_f32(a, b) }
             fn div(a: float32x4_t, b: float32x4_t) -> float32x4_t { vdivq_f32(a, b) }
             fn fma(a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t { vfmaq_f32(c, a, b) }
-            fn mul_error(a: float32x4_t, b: float32x4_t, product: float32x4_t) -> float32x4_t { vfmaq_f32(vnegq_f32(product), a, b) }
+            fn mul_error(a: float32x4_t, b: float32x4_t, product: float32x4_t) -> float32x4_t {
+                vfmaq_f32(vnegq_f32(product), a, b)
+            }
             fn max(a: float32x4_t, b: float32x4_t) -> float32x4_t { vbslq_f32(vcgtq_f32(a, b), a, b) }
             fn min(a: float32x4_t, b: float32x4_t) -> float32x4_t { vbslq_f32(vcltq_f32(a, b), a, b) }
             fn abs(a: float32x4_t) -> float32x4_t { vabsq_f32(a) }
