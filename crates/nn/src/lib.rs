@@ -14,3 +14,4 @@ pub(crate) mod op;
 pub mod patch_embed;
 pub mod pool;
 pub mod resize;
+pub mod rope;

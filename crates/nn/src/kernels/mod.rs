@@ -7,6 +7,7 @@ pub(crate) mod layer_norm;
 pub(crate) mod math;
 pub mod matmul;
 pub(crate) mod rms_norm;
+pub(crate) mod rope;
 pub(crate) mod simd;
 
 /// Arguments that do not fit together.
