@@ -2,6 +2,7 @@
 
 pub(crate) mod activation;
 pub(crate) mod attention;
+pub(crate) mod gated;
 pub mod isa;
 pub(crate) mod layer_norm;
 pub(crate) mod math;
