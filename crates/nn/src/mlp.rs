@@ -6,6 +6,7 @@ use candle_core::{Result, Tensor, bail};
 use candle_nn::VarBuilder;
 
 use crate::activation::Activation;
+use crate::cost;
 use crate::kernels::gated as kernel;
 use crate::linear::Linear;
 use crate::op;
@@ -164,9 +165,13 @@ pub fn gated(gate_up: &Tensor, act: Activation) -> Result<Tensor> {
     let inner = width / 2;
     if !op::is_cpu_f32(gate_up) {
         let last = outer.len();
+        cost::elementwise(gate_up.elem_count() / 2, 1);
         let gate = act.forward(&gate_up.narrow(last, 0, inner)?)?;
         return gate * gate_up.narrow(last, inner, inner)?;
     }
+    // the product, and the activation unless it is none
+    cost::elementwise(gate_up.elem_count() / 2, 1);
+    act.note_cost(gate_up.elem_count() / 2);
     let shape = [outer, &[inner]].concat();
     op::apply1("gated", &gate_up.contiguous()?, |storage, layout| {
         let x = op::elements::<f32>(storage, layout)?;

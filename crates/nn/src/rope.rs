@@ -7,6 +7,7 @@ use candle_core::{CpuStorage, DType, Device, InplaceOp1, Layout, Result, Tensor,
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
+use crate::cost;
 use crate::kernels::rope as kernel;
 use crate::op::{self, Shared};
 use crate::pool;
@@ -477,6 +478,8 @@ impl RopeTable {
                 self.head_dim
             )
         }
+        // two products and a sum
+        cost::elementwise(batch * seq * heads * self.rotary, 3);
         if !op::is_cpu_f32(&x) {
             return self.rotate_plain(&x);
         }
