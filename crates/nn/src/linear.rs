@@ -207,7 +207,7 @@ fn with_last(dims: &[usize], last: usize) -> Shape {
 }
 
 /// `None` for a device or dtype that the kernel does not do.
-fn pack(weight: &Tensor, n: usize, k: usize) -> Result<Option<PackedMatrix>> {
+pub(crate) fn pack(weight: &Tensor, n: usize, k: usize) -> Result<Option<PackedMatrix>> {
     let (storage, layout) = weight.storage_and_layout();
     let Storage::Cpu(storage) = &*storage else { return Ok(None) };
     let range = layout.start_offset()..layout.start_offset() + n * k;

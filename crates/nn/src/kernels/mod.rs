@@ -5,6 +5,7 @@ pub(crate) mod attention;
 pub(crate) mod gated;
 pub mod isa;
 pub(crate) mod layer_norm;
+pub(crate) mod lstm;
 pub(crate) mod math;
 pub mod matmul;
 pub(crate) mod rms_norm;
