@@ -8,6 +8,7 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, DType, Layout, Result, Sh
 use candle_nn::VarBuilder;
 
 use crate::activation::Activation;
+use crate::cost;
 use crate::kernels::matmul::{Epilogue, PackedMatrix, Rows, Weights, matmul};
 use crate::memory;
 
@@ -134,8 +135,10 @@ impl Linear {
     /// As for [`forward`](Self::forward).
     pub fn forward_act(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
         self.check(x)?;
+        self.note_cost(x);
         match &self.weight {
             Weight::Packed { matrix, bias } => {
+                activation.note_cost(x.elem_count() / self.in_dim.max(1) * self.out_dim);
                 let product = Product { matrix, bias: bias.as_deref(), activation };
                 with_rows(x)?.apply_op1_no_bwd(&product)
             }
@@ -156,6 +159,8 @@ impl Linear {
         if residual.shape() != &shape {
             bail!("linear: the residual has shape {:?}, the result {shape:?}", residual.shape());
         }
+        self.note_cost(x);
+        cost::elementwise(shape.elem_count(), 1);
         match &self.weight {
             Weight::Packed { matrix, bias } => {
                 let product = Product { matrix, bias: bias.as_deref(), activation: Activation::Identity };
@@ -163,6 +168,19 @@ impl Linear {
             }
             Weight::Plain { weight, bias } => plain(x, weight, bias.as_ref())? + residual,
         }
+    }
+
+    fn note_cost(&self, x: &Tensor) {
+        cost::note(|| {
+            let has_bias = match &self.weight {
+                Weight::Packed { bias, .. } => bias.is_some(),
+                Weight::Plain { bias, .. } => bias.is_some(),
+            };
+            let rows = x.elem_count() / self.in_dim.max(1);
+            let outputs = rows * self.out_dim;
+            let flops = 2 * rows * self.in_dim * self.out_dim + usize::from(has_bias) * outputs;
+            cost::weighted(flops, self.weight_bytes(), outputs * x.dtype().size_in_bytes())
+        });
     }
 
     fn check(&self, x: &Tensor) -> Result<()> {
@@ -189,7 +207,7 @@ fn with_last(dims: &[usize], last: usize) -> Shape {
 }
 
 /// `None` for a device or dtype that the kernel does not do.
-fn pack(weight: &Tensor, n: usize, k: usize) -> Result<Option<PackedMatrix>> {
+pub(crate) fn pack(weight: &Tensor, n: usize, k: usize) -> Result<Option<PackedMatrix>> {
     let (storage, layout) = weight.storage_and_layout();
     let Storage::Cpu(storage) = &*storage else { return Ok(None) };
     let range = layout.start_offset()..layout.start_offset() + n * k;

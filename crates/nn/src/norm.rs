@@ -3,6 +3,7 @@
 use candle_core::{DType, Result, Tensor};
 use candle_nn::VarBuilder;
 
+use crate::cost;
 use crate::kernels::{layer_norm, rms_norm};
 use crate::op;
 
@@ -74,6 +75,8 @@ impl LayerNorm {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let size = self.weight.elem_count();
         check_size("LayerNorm", x, size)?;
+        // sum, subtract the mean, square and sum, multiply by the inverse deviation, multiply-add of weight and bias
+        note_cost(x, 7, &[&self.weight, &self.bias]);
         if !op::is_cpu_f32(x) {
             let (weight, bias) = (self.weight.to_dtype(x.dtype())?, self.bias.to_dtype(x.dtype())?);
             return candle_nn::ops::layer_norm(&x.contiguous()?, &weight, &bias, self.eps as f32);
@@ -84,6 +87,13 @@ impl LayerNorm {
             Ok((by_rows(x, size, |x, y| layer_norm::layer_norm(x, w, b, self.eps as f32, y)), shape))
         })
     }
+}
+
+fn note_cost(x: &Tensor, flops_per_element: usize, parameters: &[&Tensor]) {
+    cost::note(|| {
+        let bytes = |x: &Tensor| x.elem_count() * x.dtype().size_in_bytes();
+        cost::weighted(x.elem_count() * flops_per_element, parameters.iter().map(|p| bytes(p)).sum(), bytes(x))
+    });
 }
 
 /// Runs a kernel that writes all of its output over whole rows of `x`, some rows at a time in parallel.
@@ -140,6 +150,8 @@ impl RmsNorm {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let size = self.weight.elem_count();
         check_size("RmsNorm", x, size)?;
+        // square and sum, multiply by the inverse root, multiply by the weight
+        note_cost(x, 4, &[&self.weight]);
         if !op::is_cpu_f32(x) {
             let weight = self.weight.to_dtype(x.dtype())?;
             return candle_nn::ops::rms_norm(&x.contiguous()?, &weight, self.eps as f32);

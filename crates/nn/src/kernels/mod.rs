@@ -2,11 +2,14 @@
 
 pub(crate) mod activation;
 pub(crate) mod attention;
+pub(crate) mod gated;
 pub mod isa;
 pub(crate) mod layer_norm;
+pub(crate) mod lstm;
 pub(crate) mod math;
 pub mod matmul;
 pub(crate) mod rms_norm;
+pub(crate) mod rope;
 pub(crate) mod simd;
 
 /// Arguments that do not fit together.
