@@ -5,6 +5,7 @@
 
 pub mod activation;
 pub mod attention;
+pub mod conv;
 pub mod embedding;
 pub mod kernels;
 pub mod linear;
@@ -13,4 +14,5 @@ pub mod norm;
 pub(crate) mod op;
 pub mod patch_embed;
 pub mod pool;
+pub mod pooling;
 pub mod resize;

@@ -2,10 +2,12 @@
 
 pub(crate) mod activation;
 pub(crate) mod attention;
+pub(crate) mod conv;
 pub mod isa;
 pub(crate) mod layer_norm;
 pub(crate) mod math;
 pub mod matmul;
+pub(crate) mod pooling;
 pub(crate) mod rms_norm;
 pub(crate) mod simd;
 
