@@ -60,7 +60,9 @@ pub(crate) fn group_norm(
         (0..batch * groups).map(of_group).collect()
     };
     let spread = |of_channel: &dyn Fn(usize, usize) -> f32| -> Vec<f32> {
-        (0..batch * channels).map(|i| of_channel(i / channels * groups + i % channels / per_group, i % channels)).collect()
+        (0..batch * channels)
+            .map(|i| of_channel(i / channels * groups + i % channels / per_group, i % channels))
+            .collect()
     };
     let zeros = vec![0.0; channels];
     // SAFETY: the set is available; each gets whole pixels and as many numbers as there are channels.
@@ -202,12 +204,18 @@ mod tests {
     #[test]
     fn every_path_against_the_definition() {
         for isa in Isa::available() {
-            for (pixels, channels, groups) in
-                [(1, 1, 1), (7, 3, 3), (7, 3, 1), (50, 33, 11), (131, 16, 16), (1000, 64, 32), (3, 9000, 2), (4, 67, 67)]
-            {
+            for (pixels, channels, groups) in [
+                (1, 1, 1),
+                (7, 3, 3),
+                (7, 3, 1),
+                (50, 33, 11),
+                (131, 16, 16),
+                (1000, 64, 32),
+                (3, 9000, 2),
+                (4, 67, 67),
+            ] {
                 for (mean, tolerance) in [(0.0, 4e-6), (1000.0, 4e-4)] {
-                    let x: Vec<f32> =
-                        (0..3 * pixels * channels).map(|i| mean + (i as f32 * 0.7391).sin()).collect();
+                    let x: Vec<f32> = (0..3 * pixels * channels).map(|i| mean + (i as f32 * 0.7391).sin()).collect();
                     let w: Vec<f32> = (0..channels).map(|i| 1.0 + (i as f32).cos()).collect();
                     let b: Vec<f32> = (0..channels).map(|i| (i as f32 * 0.3).cos()).collect();
                     // an eps of the size of the variance keeps a group of one element from dividing by nothing
@@ -216,7 +224,10 @@ mod tests {
                     for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
                         // roundings of values up to 8; numbers near 1000 have lost 10 of their 24 bits before
                         let error = (f64::from(*found) - expected).abs();
-                        assert!(error <= tolerance, "{isa} {pixels} {channels} {groups} at {i}: {found}, not {expected}");
+                        assert!(
+                            error <= tolerance,
+                            "{isa} {pixels} {channels} {groups} at {i}: {found}, not {expected}"
+                        );
                     }
                 }
             }

@@ -3,6 +3,7 @@
 pub(crate) mod activation;
 pub(crate) mod attention;
 pub(crate) mod conv;
+pub(crate) mod group_norm;
 pub mod isa;
 pub(crate) mod layer_norm;
 pub(crate) mod math;
