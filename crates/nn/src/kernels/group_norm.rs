@@ -15,6 +15,9 @@ use crate::op;
 /// Elements of a chunk of pixels, about: it stays in the first-level cache.
 const CHUNK: usize = 8192;
 
+/// Writes a number per channel, of an item and one chunk of its pixels.
+type Sum<'a> = dyn Fn(usize, &[f32], &mut [MaybeUninit<f32>]) + Sync + 'a;
+
 /// Normalises `x` (batch, pixels, channels); `w` and `b` are (channels).
 ///
 /// # Panics
@@ -43,7 +46,7 @@ pub(crate) fn group_norm(
     };
     // The mean over each group of each item, of what `sum` gives per channel.
     let per_group = channels / groups;
-    let means = |sum: &(dyn Fn(usize, &[f32], &mut [MaybeUninit<f32>]) + Sync)| -> Vec<f64> {
+    let means = |sum: &Sum<'_>| -> Vec<f64> {
         // SAFETY: a part is one chunk's channels, all of which `sum` writes.
         let sums = unsafe {
             op::collect_chunks(batch * chunks * channels, channels, |begin, out| {
