@@ -5,6 +5,7 @@
 
 pub mod activation;
 pub mod attention;
+pub mod conv;
 pub mod cost;
 pub mod embedding;
 pub mod kernels;
@@ -17,6 +18,7 @@ pub mod norm;
 pub(crate) mod op;
 pub mod patch_embed;
 pub mod pool;
+pub mod pooling;
 pub mod relative_bias;
 pub mod resize;
 pub mod rope;
