@@ -39,13 +39,13 @@ pub struct Buckets {
 }
 
 impl Buckets {
-    /// The bucket of a key at `relative` = key position - query position.
+    /// The bucket of a key at `relative` = key position - query position, for numbers that [`RelativeBias::new`] takes.
     pub fn of(&self, relative: i64) -> usize {
         let (count, first) = match self.bidirectional {
             true => (self.count / 2, if relative > 0 { self.count / 2 } else { 0 }),
             false => (self.count, 0),
         };
-        let distance = if self.bidirectional { relative.unsigned_abs() } else { (-relative).max(0).unsigned_abs() };
+        let distance = if self.bidirectional { relative } else { relative.min(0) }.unsigned_abs();
         let exact = count / 2;
         let Some(distance) = usize::try_from(distance).ok().filter(|distance| *distance >= exact) else {
             return first + distance as usize;
@@ -264,6 +264,7 @@ mod tests {
         // the largest distances do not overflow
         let buckets = Buckets { count: 32, max_distance: 128, bidirectional: true };
         assert_eq!((buckets.of(i64::MIN), buckets.of(i64::MAX)), (15, 31));
+        assert_eq!(Buckets { bidirectional: false, ..buckets }.of(i64::MIN), 31);
     }
 
     #[test]
