@@ -105,12 +105,13 @@ impl PatchEmbed {
 /// the `projection` of `transformers.VideoMAEPatchEmbeddings`, flattened and transposed.
 ///
 /// ```
-/// use candle_core::{Device, Tensor};
+/// use candle_core::{DType, Device, Tensor};
 /// use roofbench_nn::patch_embed::PatchEmbed3d;
 ///
 /// // one channel, blocks of 2 frames of 1 x 1, the sum of each
-/// let embed = PatchEmbed3d::new(&Tensor::new(&[[[[[1f32]], [[1.]]]]], &Device::Cpu)?, None)?;
-/// let video = Tensor::new(&[[[[[1f32, 2.]], [[3., 4.]]]]], &Device::Cpu)?;
+/// let weight = Tensor::ones((1, 1, 2, 1, 1), DType::F32, &Device::Cpu)?;
+/// let embed = PatchEmbed3d::new(&weight, None)?;
+/// let video = Tensor::new(&[1f32, 2., 3., 4.], &Device::Cpu)?.reshape((1, 1, 2, 1, 2))?;
 /// assert_eq!(embed.forward(&video)?.to_vec3::<f32>()?, [[[4.], [6.]]]); // (batch, patches, hidden)
 /// # Ok::<(), candle_core::Error>(())
 /// ```
