@@ -140,12 +140,11 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         records.extend(bench.measure(planned)?);
     }
     let interrupted = bench.is_interrupted();
-    let reason = if interrupted { "interrupted before it was measured" } else { "not among the families asked for" };
     show(&roofbench_report::table(&records))?;
     for family in missing {
         records.extend(bench.skipped(family, "this build has no model of it"));
     }
-    report(&folder, &records, reason)?;
+    report(&folder, &records, &plan)?;
     if interrupted {
         eprintln!("interrupted: what was measured is kept, and the same command (without --fresh) goes on from here");
         return Ok(ExitCode::from(INTERRUPTED));
@@ -215,12 +214,13 @@ fn still_holds(record: &Record, build: &Build, built: SystemTime) -> bool {
     whole && record.build == *build && (pinned || record.started_at >= clock::utc_at(built))
 }
 
-/// The table of all families, and the two pages. `otherwise` says why a family without a record has none.
-fn report(folder: &Path, records: &[Record], otherwise: &str) -> anyhow::Result<()> {
+/// The table of all families, and the two pages.
+fn report(folder: &Path, records: &[Record], plan: &[Planned]) -> anyhow::Result<()> {
     let names: Vec<&str> = catalog::families().iter().map(|family| family.name.as_str()).collect();
     let mut rows = roofbench_report::coverage(records, &names);
     for row in rows.iter_mut().filter(|row| row.state == State::NotRun) {
-        row.reasons.push(otherwise.to_owned());
+        let planned = plan.iter().any(|cell| cell.family == row.family);
+        row.reasons.push(if planned { "interrupted before it" } else { "not among the families asked for" }.to_owned());
     }
     show(&roofbench_report::coverage_table(&rows))?;
     let pages = [

@@ -34,7 +34,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
 
     let mut steps: Vec<Vec<&str>> = vec![
         vec!["fmt", "--package", name, "--check"],
-        vec!["clippy", "--package", name, "--all-targets", "--", "-D", "warnings"],
+        vec!["clippy", "--package", name, "--all-targets", "--no-deps", "--", "-D", "warnings"],
         vec!["test", "--package", name, "--all-targets"],
     ];
     if has_library(package) {

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::process;
 
-/// Crates of ours that each crate may use. STYLE: `core` and `nn` never meet; a report knows records and nothing else.
+/// Crates of ours that each crate may use. `core` and `nn` never meet; a report knows records and nothing else.
 const EDGES: [(&str, &[&str]); 10] = [
     ("roofbench-core", &[]),
     ("roofbench-nn", &[]),

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::job::RawInput;
 use crate::models;
-use crate::ui::{self, digits};
+use crate::ui::digits;
 
 /// Labels shown per item.
 const LABELS: usize = 5;
@@ -40,7 +40,7 @@ pub(crate) fn describe(
 
 /// Cosine similarities as a table.
 fn matrix(names: &[String], similarities: &[Vec<f32>]) -> String {
-    let mut table = ui::table([]);
+    let mut table = roofbench_report::empty_table(&[]);
     let numbers = (1..=names.len()).map(|n| n.to_string());
     table.set_header(["".to_owned(), "cosine similarity".to_owned()].into_iter().chain(numbers));
     for (at, (name, row)) in names.iter().zip(similarities).enumerate() {
@@ -53,7 +53,7 @@ fn matrix(names: &[String], similarities: &[Vec<f32>]) -> String {
 /// The likeliest labels of each item.
 fn labels(names: &[String], logits: &Tensor, config: &Value) -> candle_core::Result<String> {
     let probabilities: Vec<Vec<f32>> = softmax(&logits.to_dtype(DType::F32)?, D::Minus1)?.to_vec2()?;
-    let mut table = ui::table(["input", "label", "probability"]);
+    let mut table = roofbench_report::empty_table(&["input", "label", "probability"]);
     for (name, probabilities) in names.iter().zip(&probabilities) {
         let mut order: Vec<usize> = (0..probabilities.len()).collect();
         order.sort_by(|&a, &b| probabilities[b].total_cmp(&probabilities[a]));

@@ -2,7 +2,6 @@
 
 use std::io::{IsTerminal, Write};
 
-use comfy_table::{ContentArrangement, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
 use roofbench_core::metrics;
 use roofbench_core::record::{Outcome, Record, StopRule};
@@ -30,21 +29,6 @@ pub(crate) fn chain(error: &anyhow::Error) -> String {
         }
     }
     told
-}
-
-/// Columns that a terminal must have for a table to be fitted into it.
-const NARROWEST: u16 = 60;
-
-/// An empty table with these columns, as wide as the terminal allows.
-pub(crate) fn table<const N: usize>(columns: [&str; N]) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_FULL_CONDENSED);
-    // Some pseudo-terminals say that they are 0 wide; a table squeezed into little is no table.
-    if table.width().is_some_and(|width| width >= NARROWEST) {
-        table.set_content_arrangement(ContentArrangement::Dynamic);
-    }
-    table.set_header(columns);
-    table
 }
 
 /// `1 cell`, `2 cells`.
@@ -162,7 +146,8 @@ impl Progress {
     pub(crate) fn end(&mut self, line: &str) {
         self.done += 1;
         self.bar.inc(1);
-        self.line(&format!("[{}/{}] {line}", self.done, self.all));
+        let place = if self.all > 1 { format!("[{}/{}] ", self.done, self.all) } else { String::new() };
+        self.line(&format!("{place}{line}"));
     }
 
     /// A line that stays.

@@ -95,12 +95,6 @@ pub fn by_name(name: &str) -> Option<&'static Metric> {
     ALL.iter().find(|metric| metric.name == name)
 }
 
-/// Units that one call of `cell` works off: the amount it names, tokens to generate, or items in the batch.
-pub fn units_per_call(cell: &Cell) -> f64 {
-    let tokens = cell.new_tokens.filter(|_| cell.unit == "tokens");
-    cell.amount.unwrap_or((cell.batch * tokens.unwrap_or(1)) as f64)
-}
-
 /// Prompt tokens of one call, all rows together; `None` where the input is not text.
 fn prompt_tokens(cell: &Cell) -> Option<u64> {
     match cell.inputs.get("input_ids")? {
@@ -217,7 +211,7 @@ pub fn derive(record: &Record) -> Option<Derived> {
     let cell = &record.subject.cell;
     let samples = &measurement.samples;
     let latency = seconds(samples.iter().map(|s| Some(s.total_ns)))?;
-    let units_per_call = units_per_call(cell);
+    let units_per_call = cell.units_per_call();
     let ceiling = ceiling(record);
 
     let decode_steps = samples.first().map_or(0, |s| count(s, Phase::Decode));
@@ -562,19 +556,6 @@ mod tests {
         assert_eq!((p.bound, d.bound), (Bound::Compute, Bound::Memory));
         assert!(close(p.fraction, 0.4) && close(prefill.mfu.unwrap(), 0.4));
         assert!(close(d.fraction, 0.4) && close(decode.mbu.unwrap(), 0.4) && close(decode.mfu.unwrap(), 0.08));
-    }
-
-    #[test]
-    fn units_by_hand() {
-        let mut cell = record().subject.cell;
-        cell.batch = 4;
-        assert_eq!(units_per_call(&cell), 4.0, "sequences");
-        cell.new_tokens = Some(16);
-        assert_eq!(units_per_call(&cell), 4.0, "captions are counted by picture");
-        cell.unit = "tokens".into();
-        assert_eq!(units_per_call(&cell), 64.0);
-        (cell.unit, cell.amount) = ("audio seconds".into(), Some(30.0));
-        assert_eq!(units_per_call(&cell), 30.0);
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::str::FromStr;
 use candle_core::{Result, Tensor};
 use serde::Deserialize;
 
+use crate::cost;
 use crate::kernels::activation as kernel;
 use crate::op;
 
@@ -88,6 +89,7 @@ impl Activation {
         if self == Self::Identity {
             return Ok(x.clone());
         }
+        self.note_cost(x.elem_count());
         if !op::is_cpu_f32(x) {
             return self.forward_plain(x);
         }
@@ -100,6 +102,11 @@ impl Activation {
             };
             Ok((y, layout.shape().clone()))
         })
+    }
+
+    /// One FLOP an element, whichever it is.
+    pub(crate) fn note_cost(self, elements: usize) {
+        cost::elementwise(elements, usize::from(self != Self::Identity));
     }
 
     /// In candle's own operations.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{CpuStorage, D, DType, Device, Layout, Result, Storage, Tensor, bail};
 
+use crate::cost;
 use crate::kernels::attention as kernel;
 use crate::op;
 
@@ -138,6 +139,10 @@ impl Attention {
     /// When shapes do not fit together, or `kv_heads` does not divide `heads`.
     pub fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Mask>) -> Result<Tensor> {
         let sizes = self.check(q, k, v, mask)?;
+        cost::note(|| {
+            let shape = [sizes.batch, sizes.queries, sizes.keys];
+            cost::attention(self.pattern, shape, [self.heads, self.head_dim], q.dtype().size_in_bytes())
+        });
         if ![q, k, v].into_iter().all(op::is_cpu_f32) {
             return self.forward_plain(q, k, v, mask);
         }

@@ -6,6 +6,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, DType, IntDType, Result, Tensor, WithDType, bail};
 use candle_nn::VarBuilder;
 
+use crate::cost;
 use crate::op;
 
 /// Elements that one thread copies at a time, about.
@@ -59,6 +60,11 @@ impl Embedding {
     /// On the CPU when an id is not in the table; when `ids` are no integers.
     pub fn forward(&self, ids: &Tensor) -> Result<Tensor> {
         let (_, dim) = self.table.dims2()?;
+        cost::note(|| {
+            let (elements, stored) = (ids.elem_count() * dim, self.table.dtype().size_in_bytes());
+            let written = if self.table.device().is_cpu() { size_of::<f32>() } else { stored };
+            cost::weighted(0, elements * stored, elements * written)
+        });
         if !self.table.device().is_cpu() || !ids.device().is_cpu() {
             let rows = self.table.index_select(&ids.flatten_all()?, 0)?;
             return rows.reshape([ids.dims(), &[dim]].concat());

@@ -5,12 +5,20 @@
 
 pub mod activation;
 pub mod attention;
+pub mod conv;
+pub mod cost;
 pub mod embedding;
 pub mod kernels;
+pub mod kv_cache;
 pub mod linear;
+pub mod lstm;
 pub(crate) mod memory;
+pub mod mlp;
 pub mod norm;
 pub(crate) mod op;
 pub mod patch_embed;
 pub mod pool;
+pub mod pooling;
+pub mod relative_bias;
 pub mod resize;
+pub mod rope;

@@ -8,6 +8,7 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, DType, Layout, Result, Sh
 use candle_nn::VarBuilder;
 
 use crate::activation::Activation;
+use crate::cost;
 use crate::kernels::KernelError;
 use crate::kernels::matmul::{Epilogue, PackedMatrix, Rows, Weights, matmul};
 use crate::kernels::quant::{Quantization, QuantizedMatrix, matmul_quantized};
@@ -125,7 +126,7 @@ impl Linear {
         {
             bail!("linear: the weight has shape {:?}, the bias {:?}; expected [{out_dim}]", weight.dims(), bias.dims());
         }
-        let weight = match pack(&weight.contiguous()?, out_dim, in_dim, precision)? {
+        let weight = match pack_as(&weight.contiguous()?, out_dim, in_dim, precision)? {
             Some(matrix) => {
                 let bias = bias.map(|bias| bias.to_dtype(DType::F32)?.to_vec1::<f32>()).transpose()?;
                 Weight::Packed { matrix: Arc::new(matrix), bias: bias.map(Arc::from) }
@@ -208,8 +209,10 @@ impl Linear {
     /// As for [`forward`](Self::forward).
     pub fn forward_act(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
         self.check(x)?;
+        self.note_cost(x);
         match &self.weight {
             Weight::Packed { matrix, bias } => {
+                activation.note_cost(x.elem_count() / self.in_dim.max(1) * self.out_dim);
                 let product = Product { matrix, bias: bias.as_deref(), activation };
                 with_rows(x)?.apply_op1_no_bwd(&product)
             }
@@ -230,6 +233,8 @@ impl Linear {
         if residual.shape() != &shape {
             bail!("linear: the residual has shape {:?}, the result {shape:?}", residual.shape());
         }
+        self.note_cost(x);
+        cost::elementwise(shape.elem_count(), 1);
         match &self.weight {
             Weight::Packed { matrix, bias } => {
                 let product = Product { matrix, bias: bias.as_deref(), activation: Activation::Identity };
@@ -237,6 +242,19 @@ impl Linear {
             }
             Weight::Plain { weight, bias } => plain(x, weight, bias.as_ref())? + residual,
         }
+    }
+
+    fn note_cost(&self, x: &Tensor) {
+        cost::note(|| {
+            let has_bias = match &self.weight {
+                Weight::Packed { bias, .. } => bias.is_some(),
+                Weight::Plain { bias, .. } => bias.is_some(),
+            };
+            let rows = x.elem_count() / self.in_dim.max(1);
+            let outputs = rows * self.out_dim;
+            let flops = 2 * rows * self.in_dim * self.out_dim + usize::from(has_bias) * outputs;
+            cost::weighted(flops, self.weight_bytes(), outputs * x.dtype().size_in_bytes())
+        });
     }
 
     fn check(&self, x: &Tensor) -> Result<()> {
@@ -263,7 +281,28 @@ fn with_last(dims: &[usize], last: usize) -> Shape {
 }
 
 /// `None` for a device or dtype that the kernel does not do.
-fn pack(weight: &Tensor, n: usize, k: usize, precision: Precision) -> Result<Option<Matrix>> {
+pub(crate) fn pack(weight: &Tensor, n: usize, k: usize) -> Result<Option<PackedMatrix>> {
+    with_weights(weight, n, k, |weights| PackedMatrix::pack(weights, n, k))
+}
+
+/// As [`pack`], in the form that `precision` asks for.
+fn pack_as(weight: &Tensor, n: usize, k: usize, precision: Precision) -> Result<Option<Matrix>> {
+    with_weights(weight, n, k, |weights| {
+        let quantized = |quantization| QuantizedMatrix::quantize(weights, n, k, quantization).map(Matrix::Quantized);
+        match precision {
+            Precision::Native => PackedMatrix::pack(weights, n, k).map(Matrix::Native),
+            Precision::Q8 => quantized(Quantization::Q8),
+            Precision::Q4 => quantized(Quantization::Q4),
+        }
+    })
+}
+
+fn with_weights<T>(
+    weight: &Tensor,
+    n: usize,
+    k: usize,
+    pack: impl FnOnce(Weights<'_>) -> std::result::Result<T, KernelError>,
+) -> Result<Option<T>> {
     let (storage, layout) = weight.storage_and_layout();
     let Storage::Cpu(storage) = &*storage else { return Ok(None) };
     let range = layout.start_offset()..layout.start_offset() + n * k;
@@ -273,13 +312,7 @@ fn pack(weight: &Tensor, n: usize, k: usize, precision: Precision) -> Result<Opt
         CpuStorage::F16(w) => Weights::F16(&w[range]),
         _ => return Ok(None),
     };
-    let quantized = |quantization| QuantizedMatrix::quantize(weights, n, k, quantization).map(Matrix::Quantized);
-    let matrix = match precision {
-        Precision::Native => PackedMatrix::pack(weights, n, k).map(Matrix::Native),
-        Precision::Q8 => quantized(Quantization::Q8),
-        Precision::Q4 => quantized(Quantization::Q4),
-    };
-    matrix.map(Some).map_err(candle_core::Error::wrap)
+    pack(weights).map(Some).map_err(candle_core::Error::wrap)
 }
 
 fn plain(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
@@ -483,7 +516,9 @@ mod tests {
                 let above = error.gt(&most).unwrap().sum_all().unwrap().to_scalar::<u8>().unwrap();
                 assert_eq!(above, 0, "{precision:?}");
             };
-            check(linear.forward(&x).unwrap(), &wide);
+            let (y, recorded) = cost::record(|| linear.forward(&x));
+            check(y.unwrap(), &wide);
+            assert_eq!(recorded.weight_bytes, linear.weight_bytes() as u64);
             check(linear.forward_act(&x, Activation::Relu).unwrap(), &wide.relu().unwrap());
             let added = (&wide + residual.to_dtype(DType::F64).unwrap()).unwrap();
             check(linear.forward_add(&x, &residual).unwrap(), &added);

@@ -1,9 +1,11 @@
-//! Normalisation over the last dimension.
+//! Normalisation over the last dimension, and of groups of channels over an image.
 
 use candle_core::{DType, Result, Tensor};
 use candle_nn::VarBuilder;
 
-use crate::kernels::{layer_norm, rms_norm};
+use crate::cost;
+use crate::kernels::isa::Isa;
+use crate::kernels::{group_norm, layer_norm, rms_norm};
 use crate::op;
 
 /// Elements that one thread normalises at a time, about.
@@ -32,7 +34,8 @@ fn check_size(what: &str, x: &Tensor, size: usize) -> Result<()> {
 /// use candle_core::{Device, Tensor};
 /// use roofbench_nn::norm::LayerNorm;
 ///
-/// let (weight, bias) = (Tensor::new(&[1f32, 1., 1., 2.], &Device::Cpu)?, Tensor::new(&[0f32, 0., 1., 0.], &Device::Cpu)?);
+/// let weight = Tensor::new(&[1f32, 1., 1., 2.], &Device::Cpu)?;
+/// let bias = Tensor::new(&[0f32, 0., 1., 0.], &Device::Cpu)?;
 /// let norm = LayerNorm::new(&weight, Some(&bias), 0.0)?;
 /// // mean 1, variance 4
 /// let y = norm.forward(&Tensor::new(&[[-1f32, -1., 3., 3.]], &Device::Cpu)?)?;
@@ -73,6 +76,8 @@ impl LayerNorm {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let size = self.weight.elem_count();
         check_size("LayerNorm", x, size)?;
+        // sum, subtract the mean, square and sum, multiply by the inverse deviation, multiply-add of weight and bias
+        note_cost(x, 7, &[&self.weight, &self.bias]);
         if !op::is_cpu_f32(x) {
             let (weight, bias) = (self.weight.to_dtype(x.dtype())?, self.bias.to_dtype(x.dtype())?);
             return candle_nn::ops::layer_norm(&x.contiguous()?, &weight, &bias, self.eps as f32);
@@ -83,6 +88,13 @@ impl LayerNorm {
             Ok((by_rows(x, size, |x, y| layer_norm::layer_norm(x, w, b, self.eps as f32, y)), shape))
         })
     }
+}
+
+fn note_cost(x: &Tensor, flops_per_element: usize, parameters: &[&Tensor]) {
+    cost::note(|| {
+        let bytes = |x: &Tensor| x.elem_count() * x.dtype().size_in_bytes();
+        cost::weighted(x.elem_count() * flops_per_element, parameters.iter().map(|p| bytes(p)).sum(), bytes(x))
+    });
 }
 
 /// Runs a kernel that writes all of its output over whole rows of `x`, some rows at a time in parallel.
@@ -139,6 +151,8 @@ impl RmsNorm {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let size = self.weight.elem_count();
         check_size("RmsNorm", x, size)?;
+        // square and sum, multiply by the inverse root, multiply by the weight
+        note_cost(x, 4, &[&self.weight]);
         if !op::is_cpu_f32(x) {
             let weight = self.weight.to_dtype(x.dtype())?;
             return candle_nn::ops::rms_norm(&x.contiguous()?, &weight, self.eps as f32);
@@ -148,6 +162,84 @@ impl RmsNorm {
             let w = op::elements(w.0, w.1)?;
             Ok((by_rows(x, size, |x, y| rms_norm::rms_norm(x, w, self.eps as f32, y)), shape))
         })
+    }
+}
+
+/// y = weight (x - mean) / sqrt(var + eps) + bias with the moments of each item's groups of channels over all pixels
+/// (arXiv:1803.08494), channels last; an instance norm has a group per channel. Mirrors `torch.nn.GroupNorm`.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use roofbench_nn::norm::GroupNorm;
+///
+/// let (weight, bias) = (Tensor::new(&[1f32, 2.], &Device::Cpu)?, Tensor::new(&[0f32, 1.], &Device::Cpu)?);
+/// let norm = GroupNorm::new(2, &weight, Some(&bias), 0.0)?;
+/// // two pixels of two channels, each a group: means 1 and 4, standard deviations 1 and 2
+/// let y = norm.forward(&Tensor::new(&[[[0f32, 2.], [2., 6.]]], &Device::Cpu)?)?;
+/// assert_eq!(y.to_vec3::<f32>()?, [[[-1.0, -1.0], [1.0, 3.0]]]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct GroupNorm {
+    groups: usize,
+    weight: Tensor,
+    bias: Tensor,
+    eps: f64,
+}
+
+impl GroupNorm {
+    /// Reads `weight` and `bias`, both (channels).
+    ///
+    /// # Errors
+    /// When a tensor is missing or has another shape, or the groups do not divide the channels.
+    pub fn load(groups: usize, channels: usize, eps: f64, vb: VarBuilder) -> Result<Self> {
+        Self::new(groups, &vb.get(channels, "weight")?, Some(&vb.get(channels, "bias")?), eps)
+    }
+
+    /// From `weight` (channels) and `bias` (channels), which is zero where absent.
+    ///
+    /// # Errors
+    /// When their shapes differ or the groups do not divide the channels.
+    pub fn new(groups: usize, weight: &Tensor, bias: Option<&Tensor>, eps: f64) -> Result<Self> {
+        let channels = weight.dims1()?;
+        if groups == 0 || !channels.is_multiple_of(groups) {
+            candle_core::bail!("GroupNorm: {groups} groups do not divide {channels} channels")
+        }
+        let bias = bias.map_or_else(|| weight.zeros_like(), |bias| bias.reshape(channels))?;
+        Ok(Self { groups, weight: kernel_parameter(weight)?, bias: kernel_parameter(&bias)?, eps })
+    }
+
+    /// # Shapes
+    /// `x` and the result are (batch, ..., channels).
+    ///
+    /// # Errors
+    /// When the last dimension is not `channels` or there is no other.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let channels = self.weight.elem_count();
+        check_size("GroupNorm", x, channels)?;
+        let Some(pixels) = x.dims().get(1..x.rank() - 1).map(|dims| dims.iter().product::<usize>()) else {
+            candle_core::bail!("GroupNorm got an input of shape {:?}, without a batch", x.dims())
+        };
+        if !op::is_cpu_f32(x) {
+            return self.forward_plain(x, pixels);
+        }
+        op::apply3("group-norm", [&x.contiguous()?, &self.weight, &self.bias], |[x, w, b]| {
+            let (shape, x) = (x.1.shape().clone(), op::elements(x.0, x.1)?);
+            let parameters = (op::elements(w.0, w.1)?, op::elements(b.0, b.1)?);
+            Ok((group_norm::group_norm(Isa::current(), x, pixels, self.groups, parameters, self.eps), shape))
+        })
+    }
+
+    /// In candle's own operations; half precision is widened for the moments.
+    fn forward_plain(&self, x: &Tensor, pixels: usize) -> Result<Tensor> {
+        let wide = if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+        let (weight, bias) = (self.weight.to_dtype(wide)?, self.bias.to_dtype(wide)?);
+        let per_group = self.weight.elem_count() / self.groups;
+        let grouped = x.to_dtype(wide)?.reshape((x.dim(0)?, pixels, self.groups, per_group))?;
+        let centred = grouped.broadcast_sub(&grouped.mean_keepdim((1, 3))?)?;
+        let deviation = (centred.sqr()?.mean_keepdim((1, 3))? + self.eps)?.sqrt()?;
+        let normed = centred.broadcast_div(&deviation)?.reshape(x.dims())?;
+        normed.broadcast_mul(&weight)?.broadcast_add(&bias)?.to_dtype(x.dtype())
     }
 }
 
@@ -177,6 +269,26 @@ mod tests {
         assert_eq!(layer.forward(&x.narrow(1, 0, 0)?)?.dims(), [3, 0, 96]);
         let error = layer.forward(&x.narrow(2, 0, 95)?).unwrap_err().to_string();
         assert!(error.contains("96") && error.contains("95"), "{error}");
+        Ok(())
+    }
+
+    #[test]
+    fn groups_both_ways() -> Result<()> {
+        let cpu = &Device::Cpu;
+        let (weight, bias) = (Tensor::randn(1f32, 0.1, 12, cpu)?, Tensor::randn(0f32, 0.1, 12, cpu)?);
+        let x = Tensor::randn(0f32, 1.0, (2, 5, 12, 7), cpu)?.transpose(2, 3)?;
+        for groups in [1, 4, 12] {
+            let norm = GroupNorm::new(groups, &weight, Some(&bias), 1e-5)?;
+            let (found, plain) = (norm.forward(&x)?, norm.forward(&x.to_dtype(DType::F64)?)?);
+            assert_eq!(found.dims(), plain.dims());
+            let difference = (found.to_dtype(DType::F64)? - plain)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f64>()?;
+            // a few roundings of values up to 5
+            assert!(difference < 3e-6, "{difference}");
+            assert_eq!(norm.forward(&x.to_dtype(DType::F16)?)?.dtype(), DType::F16);
+            assert_eq!(norm.forward(&x.narrow(1, 0, 0)?)?.elem_count(), 0);
+            assert!(norm.forward(&Tensor::zeros(12, DType::F32, cpu)?).is_err());
+        }
+        assert!(GroupNorm::new(5, &weight, None, 1e-5).is_err());
         Ok(())
     }
 

@@ -101,6 +101,75 @@ impl PatchEmbed {
     }
 }
 
+/// Videos cut into blocks of frames and pixels, each projected: a 3-D convolution whose stride is its kernel. Mirrors
+/// the `projection` of `transformers.VideoMAEPatchEmbeddings`, flattened and transposed.
+///
+/// ```
+/// use candle_core::{DType, Device, Tensor};
+/// use roofbench_nn::patch_embed::PatchEmbed3d;
+///
+/// // one channel, blocks of 2 frames of 1 x 1, the sum of each
+/// let weight = Tensor::ones((1, 1, 2, 1, 1), DType::F32, &Device::Cpu)?;
+/// let embed = PatchEmbed3d::new(&weight, None)?;
+/// let video = Tensor::new(&[1f32, 2., 3., 4.], &Device::Cpu)?.reshape((1, 1, 2, 1, 2))?;
+/// assert_eq!(embed.forward(&video)?.to_vec3::<f32>()?, [[[4.], [6.]]]); // (batch, patches, hidden)
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct PatchEmbed3d {
+    channels: usize,
+    /// Frames, height, width.
+    patch: [usize; 3],
+    projection: Linear,
+}
+
+impl PatchEmbed3d {
+    /// Reads `weight` (hidden, channels, patch frames, patch height, patch width) and, if wanted, `bias` (hidden).
+    ///
+    /// # Errors
+    /// When a tensor is missing or has another shape.
+    pub fn load(channels: usize, hidden: usize, patch: [usize; 3], bias: bool, vb: VarBuilder) -> Result<Self> {
+        let weight = vb.get((hidden, channels, patch[0], patch[1], patch[2]), "weight")?;
+        let bias = if bias { Some(vb.get(hidden, "bias")?) } else { None };
+        Self::new(&weight, bias.as_ref())
+    }
+
+    /// From `weight` (hidden, channels, patch frames, patch height, patch width) and `bias` (hidden).
+    ///
+    /// # Errors
+    /// When the shapes do not fit together or a patch is empty.
+    pub fn new(weight: &Tensor, bias: Option<&Tensor>) -> Result<Self> {
+        let (hidden, channels, frames, height, width) = weight.dims5()?;
+        let size = channels * frames * height * width;
+        if size == 0 {
+            bail!("PatchEmbed3d: a weight of shape {:?} has no pixels", weight.dims())
+        }
+        let projection = Linear::new(&weight.reshape((hidden, size))?, bias)?;
+        Ok(Self { channels, patch: [frames, height, width], projection })
+    }
+
+    /// Patches by time, row and column; frames and pixels at the end that fill no patch are left out.
+    ///
+    /// # Shapes
+    /// (batch, channels, frames, height, width) → (batch, patches, hidden).
+    ///
+    /// # Errors
+    /// When the number of channels is another or the video is smaller than a patch.
+    pub fn forward(&self, video: &Tensor) -> Result<Tensor> {
+        let (batch, channels, frames, height, width) = video.dims5()?;
+        let [pf, ph, pw] = self.patch;
+        let (times, rows, columns) = (frames / pf, height / ph, width / pw);
+        if channels != self.channels || times * rows * columns == 0 {
+            let expected = format!("{} channels and at least {pf} frames of {ph} x {pw} pixels", self.channels);
+            bail!("PatchEmbed3d: a video of shape {:?}, expected {expected}", video.dims())
+        }
+        let whole = video.narrow(2, 0, times * pf)?.narrow(3, 0, rows * ph)?.narrow(4, 0, columns * pw)?;
+        let cut = whole.reshape(&[batch, channels, times, pf, rows, ph, columns, pw])?;
+        let patches = cut.permute([0, 2, 4, 6, 1, 3, 5, 7])?.contiguous()?;
+        self.projection.forward(&patches.reshape((batch, times * rows * columns, channels * pf * ph * pw))?)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use candle_core::{DType, Device};
@@ -113,9 +182,14 @@ mod tests {
         for (channels, hidden, patch, (height, width)) in
             [(3, 40, (16, 16), (64, 48)), (1, 5, (3, 2), (10, 7)), (3, 7, (4, 4), (7, 18)), (2, 3, (1, 1), (5, 5))]
         {
-            let weight = Tensor::randn(0f32, 0.1, (hidden, channels, patch.0, patch.1), cpu)?;
-            let bias = Tensor::randn(0f32, 1.0, hidden, cpu)?;
-            let pixels = Tensor::randn(0f32, 1.0, (2, channels, height, width), cpu)?;
+            // whole numbers of little size, whose sums f32 holds exactly in any order
+            let whole = |shape: &[usize], step: usize| {
+                let count: usize = shape.iter().product();
+                Tensor::from_iter((0..count).map(|i| (i * step % 17) as f32 - 8.0), cpu)?.reshape(shape)
+            };
+            let weight = whole(&[hidden, channels, patch.0, patch.1], 5)?;
+            let bias = whole(&[hidden], 3)?;
+            let pixels = whole(&[2, channels, height, width], 7)?;
             let got = PatchEmbed::new(&weight, Some(&bias))?.forward(&pixels)?;
             // candle's convolution knows one stride for both directions
             let unit = pixels.conv2d(&weight, 0, 1, 1, 1)?;
@@ -123,11 +197,30 @@ mod tests {
             let (rows, columns) = (height / patch.0, width / patch.1);
             let conv = unit.index_select(&pick(rows, patch.0)?, 2)?.index_select(&pick(columns, patch.1)?, 3)?;
             let want = conv.flatten(2, 3)?.transpose(1, 2)?.broadcast_add(&bias)?;
-            assert_eq!(got.dims(), want.dims());
-            let difference = (got - want)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
-            // sums of up to 768 products of size 0.1 in another order
+            assert_eq!(got.to_vec3::<f32>()?, want.to_vec3::<f32>()?);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_video_is_the_sum_of_its_frames_patches() -> Result<()> {
+        let cpu = &Device::Cpu;
+        let weight = Tensor::randn(0f32, 0.1, (7, 3, 2, 4, 5), cpu)?;
+        let bias = Tensor::randn(0f32, 1.0, 7, cpu)?;
+        let video = Tensor::randn(0f32, 1.0, (2, 3, 5, 9, 10), cpu)?;
+        let got = PatchEmbed3d::new(&weight, Some(&bias))?.forward(&video)?;
+        assert_eq!(got.dims(), [2, 2 * 2 * 2, 7]);
+        // each frame of a block by an image's embedding
+        let embed = |tap: usize| PatchEmbed::new(&weight.narrow(2, tap, 1)?.squeeze(2)?, None);
+        for time in 0..2 {
+            let frame = |tap: usize| embed(tap)?.forward(&video.narrow(2, 2 * time + tap, 1)?.squeeze(2)?);
+            let want = (frame(0)? + frame(1)?)?.broadcast_add(&bias)?;
+            let difference = (got.narrow(1, 4 * time, 4)? - want)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+            // sums of 120 products of size 0.1 in another order
             assert!(difference < 1e-5, "{difference}");
         }
+        let error = PatchEmbed3d::new(&weight, None)?.forward(&video.narrow(2, 0, 1)?).unwrap_err().to_string();
+        assert!(error.contains("[2, 3, 1, 9, 10]") && error.contains("2 frames"), "{error}");
         Ok(())
     }
 

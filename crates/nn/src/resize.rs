@@ -5,6 +5,7 @@ use std::mem::MaybeUninit;
 
 use candle_core::{DType, Result, Tensor, bail};
 
+use crate::cost;
 use crate::op;
 
 /// One output position as a weighted sum of input positions, repeated at the edge.
@@ -94,6 +95,8 @@ fn resize<const N: usize>(
     if from_height * from_width * height * width == 0 {
         bail!("resize: from {from_height} x {from_width} to {height} x {width}: a size of 0")
     }
+    // a multiply-add for each neighbour
+    cost::elementwise(batch * channels * height * width, 2 * N * N);
     let (rows, columns) = (taps(from_height, height), taps(from_width, width));
     let on_cpu = x.to_dtype(DType::F32)?.to_device(&candle_core::Device::Cpu)?.contiguous()?;
     let y = op::apply1("resize", &on_cpu, |storage, layout| {

@@ -97,7 +97,7 @@ pub fn coverage(records: &[Record], families: &[&str]) -> Vec<CoverageRow> {
 
 /// The coverage table for a terminal.
 pub fn coverage_table(rows: &[CoverageRow]) -> String {
-    let mut table = crate::table::new(&["family", "state", "cells"]);
+    let mut table = crate::table::empty_table(&["family", "state", "cells"]);
     for row in rows {
         table.add_row([row.family.clone(), row.state.to_string(), row.detail()]);
     }

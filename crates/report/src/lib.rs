@@ -22,7 +22,7 @@ pub use csv::csv;
 pub use html::html;
 pub use markdown::markdown;
 pub use row::latest;
-pub use table::table;
+pub use table::{empty_table, table};
 
 #[cfg(test)]
 mod samples;

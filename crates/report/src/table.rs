@@ -6,10 +6,17 @@ use roofbench_core::record::Record;
 use crate::format::NONE;
 use crate::row::{PhaseRow, Rows};
 
-/// An empty table in the style of all of ours.
-pub(crate) fn new(header: &[&str]) -> Table {
+/// Columns that a terminal must have for a table to be fitted into it.
+const NARROWEST: u16 = 60;
+
+/// An empty table in the style of all of ours, fitted to the terminal if there is one.
+pub fn empty_table(header: &[&str]) -> Table {
     let mut table = Table::new();
-    table.load_style(presets::UTF8_FULL_CONDENSED).set_content_arrangement(ContentArrangement::Dynamic);
+    table.load_style(presets::UTF8_FULL_CONDENSED);
+    // Some pseudo-terminals say that they are 0 wide; a table squeezed into little is no table.
+    if table.width().is_some_and(|width| width >= NARROWEST) {
+        table.set_content_arrangement(ContentArrangement::Dynamic);
+    }
     table.set_header(header);
     table
 }
@@ -27,7 +34,7 @@ pub fn table(records: &[Record]) -> String {
         header.push("energy/unit");
     }
     header.extend(["phase", "FLOP/s", "% of roofline", "bound"]);
-    let mut table = new(&header);
+    let mut table = empty_table(&header);
     for row in &rows.rows {
         let phases = row.phases();
         let column = |show: fn(&PhaseRow) -> String| phases.iter().map(show).collect::<Vec<_>>().join("\n");

@@ -70,7 +70,15 @@ fn object(family: &Family) -> serde_json::Value {
 }
 
 fn overview(families: &[Family]) -> String {
-    let mut table = ui::table(["family", "runs", "default checkpoint", "parameters", "weights", "licence", "cells"]);
+    let mut table = roofbench_report::empty_table(&[
+        "family",
+        "runs",
+        "default checkpoint",
+        "parameters",
+        "weights",
+        "licence",
+        "cells",
+    ]);
     let mut modality = None;
     for family in families {
         if modality != Some(family.modality) {
@@ -107,7 +115,7 @@ fn title(modality: Modality) -> &'static str {
 }
 
 fn details(family: &Family) -> String {
-    let mut checkpoints = ui::table(["checkpoint", "class", "parameters", "licence", "task"]);
+    let mut checkpoints = roofbench_report::empty_table(&["checkpoint", "class", "parameters", "licence", "task"]);
     for checkpoint in &family.checkpoints {
         let is_default = checkpoint.repository == family.default_checkpoint;
         checkpoints.add_row([
@@ -118,7 +126,7 @@ fn details(family: &Family) -> String {
             checkpoint.task.clone(),
         ]);
     }
-    let mut cells = ui::table(["cell", "counts", "inputs"]);
+    let mut cells = roofbench_report::empty_table(&["cell", "counts", "inputs"]);
     for cell in &family.cells {
         let inputs = cell.inputs.iter().map(|(name, spec)| format!("{name} {:?}", spec.shape()));
         cells.add_row([cell.name.clone(), cell.unit.clone(), inputs.collect::<Vec<_>>().join("\n")]);

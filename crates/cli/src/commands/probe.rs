@@ -115,7 +115,7 @@ fn facts(machine: &Machine) -> String {
 
 fn ceilings(machine: &Machine) -> String {
     let Some(peaks) = &machine.peaks else { return String::new() };
-    let mut table = ui::table(["ceiling", "threads", "measured", "by"]);
+    let mut table = roofbench_report::empty_table(&["ceiling", "threads", "measured", "by"]);
     for peak in &peaks.compute {
         let unit = if peak.dtype == "int8" { "GOP/s" } else { "GFLOP/s" };
         let rate = format!("{} {unit}", ui::digits(peak.flops / 1e9));

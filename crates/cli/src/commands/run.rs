@@ -174,7 +174,9 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     if !arguments.json && !records.is_empty() {
         ui::print(&roofbench_report::table(&records))?;
     }
-    eprintln!("{} in {}", ui::count(records.len(), "record"), path.display());
+    if !arguments.json {
+        eprintln!("{} in {}", ui::count(records.len(), "record"), path.display());
+    }
     if interrupted {
         eprintln!("interrupted: {} of {} done", records.len(), ui::count(jobs.len(), "cell"));
         return Ok(ExitCode::from(EXIT_INTERRUPTED));
@@ -258,7 +260,8 @@ fn dry_run(arguments: &Arguments, jobs: &[Job]) -> anyhow::Result<ExitCode> {
         }
         return Ok(ExitCode::SUCCESS);
     }
-    let mut table = ui::table(["cell", "checkpoint", "weights", "dtype", "threads", "device", "engine"]);
+    let mut table =
+        roofbench_report::empty_table(&["cell", "checkpoint", "weights", "dtype", "threads", "device", "engine"]);
     for job in jobs {
         let of = |flag: &str| job.requested.get(flag).cloned().unwrap_or_default();
         table.add_row([

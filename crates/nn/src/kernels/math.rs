@@ -147,7 +147,10 @@ mod tests {
             unsafe fn $kernel<S: Simd>(x: &mut [f32]) {
                 for x in x.chunks_mut(S::LANES) {
                     // SAFETY: within the chunk.
-                    unsafe { S::store_partial(x.as_mut_ptr(), x.len(), $function::<S>(S::load_partial(x.as_ptr(), x.len()))) };
+                    unsafe {
+                        let y = $function::<S>(S::load_partial(x.as_ptr(), x.len()));
+                        S::store_partial(x.as_mut_ptr(), x.len(), y);
+                    }
                 }
             }
             simd_entry! { fn $entry(x: &mut [f32]) = $kernel }

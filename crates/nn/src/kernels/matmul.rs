@@ -44,6 +44,7 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
+use super::conv::Windows;
 use super::isa::Isa;
 use super::simd::{Kernel, Simd, simd_entry};
 use super::{KernelError, math};
@@ -71,6 +72,15 @@ pub enum Weights<'a> {
 }
 
 impl Weights<'_> {
+    /// Some of the rows' elements.
+    pub(super) fn slice(&self, range: Range<usize>) -> Self {
+        match self {
+            Self::F32(w) => Self::F32(&w[range]),
+            Self::Bf16(w) => Self::Bf16(&w[range]),
+            Self::F16(w) => Self::F16(&w[range]),
+        }
+    }
+
     pub(super) fn len(&self) -> usize {
         match self {
             Self::F32(w) => w.len(),
@@ -131,6 +141,29 @@ impl PackedMatrix {
             Panels::F32(w) => size_of_val::<[f32]>(w),
             Panels::Bf16(w) => size_of_val::<[bf16]>(w),
             Panels::F16(w) => size_of_val::<[f16]>(w),
+        }
+    }
+
+    /// How a product of `m` rows is cut into tasks for `threads`.
+    pub(super) fn grid(&self, m: usize, threads: usize) -> Grid {
+        let width = panel_width(self.isa);
+        Grid::choose(m, self.n.div_ceil(width), width, self.k, threads)
+    }
+
+    /// One task, on the calling thread.
+    ///
+    /// # Safety
+    /// Source, C and epilogue of the block reach over its rows and over the columns of its panels; nobody else touches
+    /// this part of C.
+    pub(super) unsafe fn multiply(&self, block: &Block<'_>) {
+        let &Self { isa, n, k, .. } = self;
+        // SAFETY: the caller's, and packing took an available set.
+        unsafe {
+            match &self.panels {
+                Panels::F32(panels) => block_f32(isa, block, n, k, panels.as_ptr()),
+                Panels::Bf16(panels) => block_bf16(isa, block, n, k, panels.as_ptr()),
+                Panels::F16(panels) => block_f16(isa, block, n, k, panels.as_ptr()),
+            }
         }
     }
 }
@@ -200,7 +233,7 @@ impl<'a> Rows<'a> {
         Self { data, stride: width }
     }
 
-    fn check(&self, what: &'static str, rows: usize, width: usize) -> Result<(), KernelError> {
+    pub(super) fn check(&self, what: &'static str, rows: usize, width: usize) -> Result<(), KernelError> {
         let needed = match rows {
             0 => Some(0),
             _ => (rows - 1).checked_mul(self.stride).and_then(|start| start.checked_add(width)),
@@ -241,20 +274,14 @@ pub fn matmul(
     if out.is_empty() {
         return Ok(());
     }
-    let width = panel_width(w.isa);
-    let grid = Grid::choose(m, w.n.div_ceil(width), width, w.k, pool::threads());
+    let grid = w.grid(m, pool::threads());
     let c = SendPtr(out.as_mut_ptr().cast::<f32>());
     pool::run(grid.tasks(), |task| {
         let (rows, panels) = grid.task(task);
-        let block = Block { a, c: c.get(), n: w.n, k: w.k, rows, panels, epilogue };
-        // SAFETY: the lengths were checked above, tasks write disjoint parts of C, and packing took an available set.
-        unsafe {
-            match &w.panels {
-                Panels::F32(panels) => block_f32(w.isa, &block, panels.as_ptr()),
-                Panels::Bf16(panels) => block_bf16(w.isa, &block, panels.as_ptr()),
-                Panels::F16(panels) => block_f16(w.isa, &block, panels.as_ptr()),
-            }
-        }
+        let (a, c) = (Source::Rows(a), c.get());
+        let block = Block { a, c, c_stride: w.n, rows, panels, epilogue, activation_last: false };
+        // SAFETY: the lengths were checked above, and tasks write disjoint parts of C.
+        unsafe { w.multiply(&block) }
     });
     Ok(())
 }
@@ -333,31 +360,42 @@ pub(super) fn share(len: usize, parts: usize, index: usize) -> Range<usize> {
     len * index / parts..len * (index + 1) / parts
 }
 
+/// Where rows of A come from.
+#[derive(Clone, Copy)]
+pub(super) enum Source<'a> {
+    /// Memory, as they are.
+    Rows(Rows<'a>),
+    /// The windows of a convolution, gathered tile by tile.
+    Windows(&'a Windows<'a>),
+}
+
 /// One task.
 pub(super) struct Block<'a> {
-    pub(super) a: Rows<'a>,
+    pub(super) a: Source<'a>,
+    /// Row 0, column 0; only the block's own rows and columns have to lie in memory.
     pub(super) c: *mut f32,
-    pub(super) n: usize,
-    pub(super) k: usize,
+    pub(super) c_stride: usize,
     pub(super) rows: Range<usize>,
     pub(super) panels: Range<usize>,
     pub(super) epilogue: &'a Epilogue<'a>,
+    /// activation(sum + bias + residual) instead of activation(sum + bias) + residual.
+    pub(super) activation_last: bool,
 }
 
 simd_entry! {
     /// # Safety
     /// A, C and the epilogue have the lengths that the shape asks for; nobody else touches this block of C.
-    fn block_f32(block: &Block<'_>, panels: *const f32) = multiply<_, f32>
+    fn block_f32(block: &Block<'_>, n: usize, k: usize, panels: *const f32) = multiply<_, f32>
 }
 simd_entry! {
     /// # Safety
     /// As for [`block_f32`].
-    fn block_bf16(block: &Block<'_>, panels: *const bf16) = multiply<_, bf16>
+    fn block_bf16(block: &Block<'_>, n: usize, k: usize, panels: *const bf16) = multiply<_, bf16>
 }
 simd_entry! {
     /// # Safety
     /// As for [`block_f32`].
-    fn block_f16(block: &Block<'_>, panels: *const f16) = multiply<_, f16>
+    fn block_f16(block: &Block<'_>, n: usize, k: usize, panels: *const f16) = multiply<_, f16>
 }
 
 /// A stored weight.
@@ -398,33 +436,49 @@ pub(super) const fn tile_rows(registers: usize) -> usize {
     if registers >= 32 { MAX_ROWS } else { 6 }
 }
 
-pub(super) const MAX_ROWS: usize = 12;
+const MAX_ROWS: usize = 12;
 pub(super) const MAX_WIDTH: usize = 32;
 
 /// How far ahead of its use W is asked for, in bytes.
 const AHEAD: usize = 8192;
 
+/// Rows of a tile over one block of k, gathered.
+#[repr(align(64))]
+struct Gathered([MaybeUninit<f32>; MAX_ROWS * K_BLOCK]);
+
 /// A tile on its way through memory.
 #[repr(align(64))]
-pub(super) struct Staging(pub(super) [MaybeUninit<f32>; MAX_ROWS * MAX_WIDTH]);
+struct Staging([MaybeUninit<f32>; MAX_ROWS * MAX_WIDTH]);
 
 #[inline(always)]
-unsafe fn multiply<S: Simd, E: Element>(block: &Block<'_>, panels: *const E) {
+unsafe fn multiply<S: Simd, E: Element>(block: &Block<'_>, n: usize, k: usize, panels: *const E) {
     let tiles = block.rows.len().div_ceil(tile_rows(S::REGISTERS));
-    let blocks = block.k.div_ceil(K_BLOCK).max(1);
+    let blocks = k.div_ceil(K_BLOCK).max(1);
+    let mut gathered = Gathered([const { MaybeUninit::uninit() }; MAX_ROWS * K_BLOCK]);
     // Rows that fit one tile read W once, in the order in which it lies; more share a block of k of all panels.
-    let group = if tiles == 1 { 1 } else { block.panels.len() };
+    let group = if tiles == 1 && matches!(block.a, Source::Rows(_)) { 1 } else { block.panels.len() };
     for first in block.panels.clone().step_by(group) {
         let group = first..block.panels.end.min(first + group);
         for index in 0..blocks {
             for tile in 0..tiles {
                 let rows = share(block.rows.len(), tiles, tile);
                 let rows = block.rows.start + rows.start..block.rows.start + rows.end;
-                for panel in group.clone() {
-                    // SAFETY: the caller's; rows, panel and block of k lie within A, W and C.
-                    unsafe {
-                        let b = panels.add((panel * block.k + index * K_BLOCK) * VECTORS * S::LANES);
-                        multiply_tile::<S, E>(block, b, rows.clone(), panel, index, index + 1 == blocks)
+                let steps = index * K_BLOCK..k.min((index + 1) * K_BLOCK);
+                // SAFETY: the caller's; rows, panel and block of k lie within A, W and C.
+                unsafe {
+                    let (a, stride) = match block.a {
+                        Source::Rows(a) => (a.data.as_ptr().add(rows.start * a.stride + steps.start), a.stride),
+                        Source::Windows(windows) => {
+                            let buffer: *mut f32 = gathered.0.as_mut_ptr().cast();
+                            windows.gather::<S>(rows.clone(), steps.clone(), buffer);
+                            (buffer.cast_const(), steps.len())
+                        }
+                    };
+                    for panel in group.clone() {
+                        let tile =
+                            Place { rows: rows.clone(), panel, steps: steps.clone(), is_last: index + 1 == blocks };
+                        let b = panels.add((panel * k + steps.start) * VECTORS * S::LANES);
+                        multiply_tile::<S, E>(block, n, a, stride, b, &tile)
                     }
                 }
             }
@@ -432,40 +486,49 @@ unsafe fn multiply<S: Simd, E: Element>(block: &Block<'_>, panels: *const E) {
     }
 }
 
-/// One panel over one block of k, which lies at `b`, for the rows of one tile.
+/// Which part of the product a tile is.
+pub(super) struct Place {
+    pub(super) rows: Range<usize>,
+    pub(super) panel: usize,
+    pub(super) steps: Range<usize>,
+    pub(super) is_last: bool,
+}
+
+/// One panel over one block of k, for the rows of one tile. Rows and weights of just that block lie at `a` and `b`.
 #[inline(always)]
 pub(super) unsafe fn multiply_tile<S: Simd, E: Element>(
     block: &Block<'_>,
+    n: usize,
+    a: *const f32,
+    a_stride: usize,
     b: *const E,
-    rows: Range<usize>,
-    panel: usize,
-    index: usize,
-    is_last: bool,
+    place: &Place,
 ) {
-    let &Block { a, n, k, epilogue, .. } = block;
+    let &Block { c_stride, epilogue, activation_last, .. } = block;
+    let Place { rows, steps, is_last, .. } = place;
     let width = VECTORS * S::LANES;
-    let column = panel * width;
+    let column = place.panel * width;
     let columns = width.min(n - column);
-    let step = index * K_BLOCK;
-    let activation = if is_last { epilogue.activation } else { Activation::Identity };
-    let is_staged = columns < width || activation != Activation::Identity;
+    let activation = if *is_last { epilogue.activation } else { Activation::Identity };
+    let residual = epilogue.residual.filter(|_| *is_last);
+    // A tile clamps at 0 on its way out; anything else, and columns that fill no panel, go through memory.
+    let relu = activation == Activation::Relu && (activation_last || residual.is_none());
+    let is_staged = columns < width || !(relu || activation == Activation::Identity);
     let mut staging = Staging([const { MaybeUninit::uninit() }; MAX_ROWS * MAX_WIDTH]);
     let staged: *mut f32 = staging.0.as_mut_ptr().cast();
-    // SAFETY: the caller's.
+    // SAFETY: the caller's. Where C begins need not be in memory.
     unsafe {
         let out = Out {
-            c: block.c.add(rows.start * n + column),
-            stride: n,
-            add: index > 0,
-            bias: epilogue.bias.filter(|_| is_last).map(|bias| bias.as_ptr().add(column)),
-            residual: epilogue
-                .residual
-                .filter(|_| is_last)
-                .map(|r| (r.data.as_ptr().add(rows.start * r.stride + column), r.stride)),
+            c: block.c.wrapping_add(rows.start * c_stride + column),
+            stride: c_stride,
+            add: steps.start > 0,
+            bias: epilogue.bias.filter(|_| *is_last).map(|bias| bias.as_ptr().add(column)),
+            residual: residual.map(|r| (r.data.as_ptr().add(rows.start * r.stride + column), r.stride)),
+            relu,
+            activation_last,
             staged: is_staged.then_some(staged),
         };
-        let a_tile = a.data.as_ptr().add(rows.start * a.stride + step);
-        tile::<S, E>(rows.len(), a_tile, a.stride, b, K_BLOCK.min(k - step), &out);
+        tile::<S, E>(rows.len(), a, a_stride, b, steps.len(), &out);
         if is_staged {
             finish::<S>(activation, staged, rows.len(), columns, &out);
         }
@@ -480,6 +543,8 @@ pub(super) struct Out {
     pub(super) add: bool,
     pub(super) bias: Option<*const f32>,
     pub(super) residual: Option<(*const f32, usize)>,
+    pub(super) relu: bool,
+    pub(super) activation_last: bool,
     /// The sum goes here instead, bare.
     pub(super) staged: Option<*mut f32>,
 }
@@ -551,6 +616,9 @@ impl<E: Element, const M: usize> Kernel for Tile<'_, E, M> {
             if let Some((residual, stride)) = out.residual {
                 each::<M>(|i, j| sums[i][j] = S::add(sums[i][j], S::load(residual.add(i * stride + j * S::LANES))));
             }
+            if out.relu {
+                each::<M>(|i, j| sums[i][j] = S::max(S::splat(0.0), sums[i][j]));
+            }
             each::<M>(|i, j| S::store(out.c.add(i * out.stride + j * S::LANES), sums[i][j]));
         }
     }
@@ -567,6 +635,9 @@ fn each<const M: usize>(mut f: impl FnMut(usize, usize)) {
 }
 
 /// What a [`Tile`] does after the product, for a tile that does not fill its panel or has an activation.
+///
+/// # Safety
+/// The CPU has `S`; `height` rows of [`VECTORS`] vectors lie at `staged`, `height` of `columns` behind what `out` names.
 #[inline(always)]
 pub(super) unsafe fn finish<S: Simd>(
     activation: Activation,
@@ -605,9 +676,13 @@ unsafe fn finish_with<S: Simd>(activation: Activation, staged: *const f32, heigh
                 if let Some(bias) = out.bias {
                     sum = S::add(sum, S::load_partial(bias.add(column), lanes));
                 }
+                let residual = out.residual.map(|(r, stride)| S::load_partial(r.add(i * stride + column), lanes));
+                if let Some(residual) = residual.filter(|_| out.activation_last) {
+                    sum = S::add(sum, residual);
+                }
                 sum = math::activate::<S>(activation, sum);
-                if let Some((residual, stride)) = out.residual {
-                    sum = S::add(sum, S::load_partial(residual.add(i * stride + column), lanes));
+                if let Some(residual) = residual.filter(|_| !out.activation_last) {
+                    sum = S::add(sum, residual);
                 }
                 S::store_partial(c, lanes, sum);
             }

@@ -2,13 +2,19 @@
 
 pub(crate) mod activation;
 pub(crate) mod attention;
+pub(crate) mod conv;
 pub(crate) mod dot;
+pub(crate) mod gated;
+pub(crate) mod group_norm;
 pub mod isa;
 pub(crate) mod layer_norm;
+pub(crate) mod lstm;
 pub(crate) mod math;
 pub mod matmul;
+pub(crate) mod pooling;
 pub mod quant;
 pub(crate) mod rms_norm;
+pub(crate) mod rope;
 pub(crate) mod simd;
 
 /// Arguments that do not fit together.

@@ -24,7 +24,7 @@
 //!
 //! | rows | 1 | 8 | 16 | 36 | 132 |
 //! |---|---|---|---|---|---|
-//! | AVX-512 VNNI, bytes, 8 (4) bits | 23 (13) | 57 (54) | 105 (103) | 227 (230) | 832 |
+//! | AVX-512 VNNI, bytes, 8 (4) bits | 23 (13) | 57 (54) | 105 (103) | 227 (230) | 832 (2835) |
 //! | … floats | 151 (137) | 224 (203) | 348 (331) | 680 (658) | 2312 (2279) |
 //! | AVX-512 without it, bytes | 22 (15) | 118 (91) | 219 (172) | 476 (383) | 1758 (1417) |
 //! | AVX-VNNI, bytes | 22 (19) | 106 (107) | 202 (205) | 450 (454) | 1657 (1679) |
@@ -32,8 +32,9 @@
 //! | … floats | 739 (801) | 922 (986) | 1152 (1211) | 1790 (1846) | 4991 (9068) |
 //!
 //! The column of 132 rows of AVX2 is noise of other work as much as the kernel (36 rows scale to 3.9 ms by bytes). As
-//! measured, floats were ahead twice: 8 bits there, and 4 bits at 1020 rows on AVX-512 without VNNI (18.8 ms against
-//! 19.5). With VNNI bytes were ahead in every cell.
+//! measured, floats were ahead three times: 8 bits there, 4 bits at 1020 rows on AVX-512 without VNNI (18.8 ms against
+//! 19.5), and 4 bits at 132 rows with VNNI (2279 µs against 2835; 36 rows scale to 843). With VNNI bytes were ahead in
+//! every other cell.
 //!
 //! One row of 2048 × 8192 with AVX-512 VNNI runs at 53 (66) GB/s of W, of 8192 × 2048 at 49 (60), one thread.
 //!
@@ -51,8 +52,8 @@ use super::KernelError;
 use super::dot::{ByteDot, DotKernel};
 use super::isa::Dot;
 use super::matmul::{
-    Block, Epilogue, Grid, K_BLOCK, MAX_WIDTH, Out, Rows, SendPtr, VECTORS, Weights, check_lengths, finish,
-    multiply_tile, panel_width, share, tile_rows,
+    Block, Epilogue, Grid, K_BLOCK, MAX_WIDTH, Out, Place, Rows, SendPtr, Source, VECTORS, Weights, check_lengths,
+    finish, multiply_tile, panel_width, share, tile_rows,
 };
 use super::simd::Simd;
 use crate::memory::Buffer;
@@ -127,9 +128,8 @@ impl QuantizedMatrix {
         self.panels.len()
     }
 
-    /// Up to this many rows bytes are multiplied, with more rows floats. With VNNI bytes were the quicker at every
-    /// height measured, without it up to 36 rows, and above that it is open (see the module); what is here of Arm and
-    /// of plain Rust was not measured.
+    /// Up to this many rows bytes are multiplied, with more rows floats. On x86 bytes were the quicker up to 36 rows,
+    /// with more in all but three measurements (see the module); what is here of Arm and of plain Rust was not measured.
     fn most_byte_rows(&self) -> usize {
         match self.dot {
             Dot::Avx512Vnni | Dot::AvxVnni | Dot::Avx512 | Dot::Avx2 | Dot::NeonDot => usize::MAX,
@@ -317,9 +317,12 @@ fn multiply<const BITS: usize>(
         }
         Path::Floats => pool::run(grid.tasks(), |task| {
             let (rows, panels) = grid.task(task);
-            let block = Block { a, c: c.get(), n: w.n, k: w.k, rows, panels, epilogue };
+            let c_stride = w.n;
+            let block =
+                Block { a: Source::Rows(a), c: c.get(), c_stride, rows, panels, epilogue, activation_last: false };
+            let kernel = ByFloats::<BITS> { w: w.panels.as_ptr(), a, n: w.n, k: w.k, block };
             // SAFETY: as above.
-            unsafe { call(w.dot, &ByFloats::<BITS> { w: w.panels.as_ptr(), block }) }
+            unsafe { call(w.dot, &kernel) }
         }),
     }
 }
@@ -501,6 +504,8 @@ impl<const BITS: usize> DotKernel for ByBytes<'_, BITS> {
                             residual: epilogue
                                 .residual
                                 .map(|r| (r.data.as_ptr().add(rows.start * r.stride + column), r.stride)),
+                            relu: false,
+                            activation_last: false,
                             staged: None,
                         };
                         finish::<D::S>(epilogue.activation, staged, rows.len(), width.min(n - column), &out);
@@ -604,6 +609,10 @@ fn each<T: Copy, const M: usize>(tile: &mut [[T; VECTORS]; M], mut f: impl FnMut
 /// One task by floats.
 struct ByFloats<'a, const BITS: usize> {
     w: *const u8,
+    /// The block's.
+    a: Rows<'a>,
+    n: usize,
+    k: usize,
     block: Block<'a>,
 }
 
@@ -613,17 +622,18 @@ const PANEL_GROUP: usize = 4;
 impl<const BITS: usize> DotKernel for ByFloats<'_, BITS> {
     #[inline(always)]
     unsafe fn run<D: ByteDot>(&self) {
-        let Self { w, block } = self;
+        let &Self { w, a, n, k, ref block } = self;
         let width = VECTORS * D::S::LANES;
-        let blocks = block.k.div_ceil(BLOCK);
+        let blocks = k.div_ceil(BLOCK);
         let bytes = width * block_bytes(BITS);
         let tiles = block.rows.len().div_ceil(tile_rows(D::S::REGISTERS));
-        let k_blocks = block.k.div_ceil(K_BLOCK).max(1);
+        let k_blocks = k.div_ceil(K_BLOCK).max(1);
         let mut floats = Buffer::<MaybeUninit<f32>>::uninit(PANEL_GROUP * K_BLOCK * width);
         let floats = floats.as_mut_ptr().cast::<f32>();
         for first in block.panels.clone().step_by(PANEL_GROUP) {
             let group = first..block.panels.end.min(first + PANEL_GROUP);
             for index in 0..k_blocks {
+                let steps = index * K_BLOCK..k.min((index + 1) * K_BLOCK);
                 let here = index * K_BLOCK / BLOCK..blocks.min((index + 1) * K_BLOCK / BLOCK);
                 // SAFETY: the caller's; panels, blocks and rows lie within W, A and C, and a group within `floats`.
                 unsafe {
@@ -637,9 +647,12 @@ impl<const BITS: usize> DotKernel for ByFloats<'_, BITS> {
                     for tile in 0..tiles {
                         let rows = share(block.rows.len(), tiles, tile);
                         let rows = block.rows.start + rows.start..block.rows.start + rows.end;
+                        let tile_a = a.data.as_ptr().add(rows.start * a.stride + steps.start);
                         for panel in group.clone() {
                             let b = floats.add((panel - first) * K_BLOCK * width);
-                            multiply_tile::<D::S, f32>(block, b, rows.clone(), panel, index, index + 1 == k_blocks);
+                            let is_last = index + 1 == k_blocks;
+                            let place = Place { rows: rows.clone(), panel, steps: steps.clone(), is_last };
+                            multiply_tile::<D::S, f32>(block, n, tile_a, a.stride, b, &place);
                         }
                     }
                 }

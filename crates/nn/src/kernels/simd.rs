@@ -64,6 +64,8 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn select_lt(a: Self::F, b: Self::F, x: Self::F, y: Self::F) -> Self::F;
     /// Four columns of `LANES` rows: lane `i` of vector `j` is `p[i * stride + j]`.
     unsafe fn load_columns(p: *const f32, stride: usize) -> [Self::F; 4];
+    /// Lanes 1, 0, 3, 2, ...
+    unsafe fn swap_pairs(a: Self::F) -> Self::F;
     unsafe fn reduce_add(a: Self::F) -> f32;
     unsafe fn reduce_max(a: Self::F) -> f32;
     /// Reads the line at `p` ahead of use, into all levels.
@@ -146,7 +148,8 @@ impl Simd for Scalar {
         fn copysign(a: [f32; 4], b: [f32; 4]) -> [f32; 4] { each(|i| a[i].copysign(b[i])) }
         fn round(a: [f32; 4]) -> [f32; 4] {
             // from 2^23 on all are integers; `round_ties_even` would be a call on baseline x86-64
-            each(|i| if a[i].abs() < 8_388_608.0 { (a[i].abs() + 8_388_608.0 - 8_388_608.0).copysign(a[i]) } else { a[i] })
+            const INTEGERS: f32 = 8_388_608.0;
+            each(|i| if a[i].abs() < INTEGERS { (a[i].abs() + INTEGERS - INTEGERS).copysign(a[i]) } else { a[i] })
         }
         fn scale_pow2(a: [f32; 4], n: [f32; 4]) -> [f32; 4] { each(|i| a[i] * f32::from_bits(((n[i] as i32 + 127) as u32) << 23)) }
         fn select_lt(a: [f32; 4], b: [f32; 4], x: [f32; 4], y: [f32; 4]) -> [f32; 4] { each(|i| if a[i] < b[i] { x[i] } else { y[i] }) }
@@ -154,6 +157,7 @@ impl Simd for Scalar {
             let rows = [0, 1, 2, 3].map(|i| p.add(i * stride).cast::<[f32; 4]>().read_unaligned());
             [0, 1, 2, 3].map(|j| [rows[0][j], rows[1][j], rows[2][j], rows[3][j]])
         }
+        fn swap_pairs(a: [f32; 4]) -> [f32; 4] { each(|i| a[i ^ 1]) }
         fn reduce_add(a: [f32; 4]) -> f32 { (a[0] + a[2]) + (a[1] + a[3]) }
         fn reduce_max(a: [f32; 4]) -> f32 { a.into_iter().fold(f32::NEG_INFINITY, f32::max) }
         fn prefetch(_p: *const f32) {}
@@ -236,6 +240,7 @@ mod x86 {
                     _mm256_shuffle_ps::<0b11_10_11_10>(c, d),
                 ]
             }
+            fn swap_pairs(a: __m256) -> __m256 { _mm256_permute_ps::<0b10_11_00_01>(a) }
             fn reduce_add(a: __m256) -> f32 {
                 let half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
                 let pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -310,6 +315,7 @@ mod x86 {
                     _mm512_shuffle_ps::<0b11_10_11_10>(c, d),
                 ]
             }
+            fn swap_pairs(a: __m512) -> __m512 { _mm512_permute_ps::<0b10_11_00_01>(a) }
             fn reduce_add(a: __m512) -> f32 { _mm512_reduce_add_ps(a) }
             fn reduce_max(a: __m512) -> f32 { _mm512_reduce_max_ps(a) }
             fn prefetch(p: *const f32) { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
@@ -360,7 +366,9 @@ mod arm {
             fn mul(a: float32x4_t, b: float32x4_t) -> float32x4_t { vmulq_f32(a, b) }
             fn div(a: float32x4_t, b: float32x4_t) -> float32x4_t { vdivq_f32(a, b) }
             fn fma(a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t { vfmaq_f32(c, a, b) }
-            fn mul_error(a: float32x4_t, b: float32x4_t, product: float32x4_t) -> float32x4_t { vfmaq_f32(vnegq_f32(product), a, b) }
+            fn mul_error(a: float32x4_t, b: float32x4_t, product: float32x4_t) -> float32x4_t {
+                vfmaq_f32(vnegq_f32(product), a, b)
+            }
             fn max(a: float32x4_t, b: float32x4_t) -> float32x4_t { vbslq_f32(vcgtq_f32(a, b), a, b) }
             fn min(a: float32x4_t, b: float32x4_t) -> float32x4_t { vbslq_f32(vcltq_f32(a, b), a, b) }
             fn abs(a: float32x4_t) -> float32x4_t { vabsq_f32(a) }
@@ -379,6 +387,7 @@ mod arm {
                 let high = |x, y| vcombine_f32(vget_high_f32(x), vget_high_f32(y));
                 [low(a, c), low(b, d), high(a, c), high(b, d)]
             }
+            fn swap_pairs(a: float32x4_t) -> float32x4_t { vrev64q_f32(a) }
             fn reduce_add(a: float32x4_t) -> f32 { vaddvq_f32(a) }
             fn reduce_max(a: float32x4_t) -> f32 { vmaxvq_f32(a) }
             fn prefetch(_p: *const f32) {}

@@ -182,6 +182,7 @@ impl Embeddings {
         let words = self.word_embeddings.forward(&ids.input_ids)?; // (batch, seq, hidden)
         let positions = self.position_embeddings.forward(&ids.position_ids)?; // (1 or batch, seq, hidden)
         let types = self.token_type_embeddings.forward(&ids.token_type_ids)?; // (1 or batch, 1 or seq, hidden)
+        roofbench_nn::cost::elementwise(words.elem_count(), 2);
         self.layer_norm.forward(&words.broadcast_add(&positions.broadcast_add(&types)?)?)
     }
 }

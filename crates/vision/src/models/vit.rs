@@ -174,6 +174,7 @@ impl Embeddings {
         let x = self.patch_embeddings.forward(pixel_values)?; // (batch, patches, hidden)
         let (batch, _, hidden) = x.dims3()?;
         let x = Tensor::cat(&[&self.cls_token.broadcast_as((batch, 1, hidden))?, &x], 1)?;
+        roofbench_nn::cost::elementwise(x.elem_count(), 1); // positions added
         match patches {
             Some(patches) => x.broadcast_add(&self.interpolated_positions(patches)?),
             None => x.broadcast_add(&self.position_embeddings),

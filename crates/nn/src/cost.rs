@@ -1,0 +1,173 @@
+//! What the blocks compute and move, counted as they run: the check on a cost that was worked out by formula.
+//!
+//! A fused multiply-add is 2 FLOPs; an addition, multiplication, division, root, exponential or error function is 1,
+//! and so is an activation, whichever it is; comparisons and copies are 0. Keys that only a padding mask hides count as
+//! seen. Weight bytes are those of weights as they lie in memory, read once per use; activation bytes are those
+//! written, in the precision in which they are. Element-wise work counts as fused into what it follows and moves
+//! nothing.
+//!
+//! Counting is per thread and costs one thread-local load where it is off.
+
+use std::cell::Cell;
+
+use crate::attention::Pattern;
+
+/// FLOPs and bytes of what ran.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Recorded {
+    /// Floating-point operations, a multiply-add counted as 2.
+    pub flops: u64,
+    /// Bytes of weights read.
+    pub weight_bytes: u64,
+    /// Bytes of activations written.
+    pub activation_bytes: u64,
+}
+
+impl std::ops::Add for Recorded {
+    type Output = Self;
+    fn add(self, other: Self) -> Self {
+        Self {
+            flops: self.flops + other.flops,
+            weight_bytes: self.weight_bytes + other.weight_bytes,
+            activation_bytes: self.activation_bytes + other.activation_bytes,
+        }
+    }
+}
+
+thread_local! {
+    static RECORDED: Cell<Option<Recorded>> = const { Cell::new(None) };
+}
+
+/// Runs `f` and counts what its blocks do on this thread. An outer call counts what an inner one does.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use roofbench_nn::{cost, linear::Linear};
+///
+/// let linear = Linear::new(&Tensor::new(&[[1f32, 2., 3.]], &Device::Cpu)?, None)?;
+/// let x = Tensor::new(&[[1f32, 1., 1.], [0., 0., 1.]], &Device::Cpu)?;
+/// let (y, recorded) = cost::record(|| linear.forward(&x));
+/// assert_eq!(y?.to_vec2::<f32>()?, [[6.], [3.]]);
+/// assert_eq!((recorded.flops, recorded.activation_bytes), (2 * 2 * 3, 2 * 4));
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn record<T>(f: impl FnOnce() -> T) -> (T, Recorded) {
+    /// Gives the outer count back, also when `f` panics.
+    struct Outer(Option<Recorded>);
+    impl Drop for Outer {
+        fn drop(&mut self) {
+            let inner = RECORDED.take().unwrap_or_default();
+            RECORDED.set(self.0.map(|outer| outer + inner));
+        }
+    }
+    let outer = Outer(RECORDED.replace(Some(Recorded::default())));
+    let result = f();
+    let recorded = RECORDED.get().unwrap_or_default();
+    drop(outer);
+    (result, recorded)
+}
+
+/// Adds what `cost` gives where counting is on.
+pub(crate) fn note(cost: impl FnOnce() -> Recorded) {
+    if let Some(so_far) = RECORDED.get() {
+        RECORDED.set(Some(so_far + cost()));
+    }
+}
+
+/// Notes element-wise work that a model does in candle's own operations, such as a sum of embeddings.
+pub fn elementwise(elements: usize, flops_per_element: usize) {
+    note(|| Recorded { flops: (elements * flops_per_element) as u64, ..Recorded::default() });
+}
+
+/// An operation with weights.
+pub(crate) fn weighted(flops: usize, weight_bytes: usize, activation_bytes: usize) -> Recorded {
+    Recorded { flops: flops as u64, weight_bytes: weight_bytes as u64, activation_bytes: activation_bytes as u64 }
+}
+
+/// FLOPs of softmax per score: scale, subtract the maximum, exponential, sum, multiply by the inverse.
+const SOFTMAX_FLOPS: u64 = 5;
+
+/// Attention of `heads` heads of `head_dim` over a batch; both products and softmax over the pairs that `pattern` lets
+/// see each other.
+pub(crate) fn attention(
+    pattern: Pattern,
+    [batch, queries, keys]: [usize; 3],
+    [heads, head_dim]: [usize; 2],
+    element_bytes: usize,
+) -> Recorded {
+    let visible = |query: usize| {
+        let (from, to) = pattern.range(query as i64 + keys as i64 - queries as i64);
+        (to.min(keys as i64) - from.max(0)).max(0) as u64
+    };
+    let pairs = (0..queries).map(visible).sum::<u64>() * (batch * heads) as u64;
+    Recorded {
+        flops: pairs * (4 * head_dim as u64 + SOFTMAX_FLOPS),
+        weight_bytes: 0,
+        activation_bytes: (batch * queries * heads * head_dim * element_bytes) as u64,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device, Result, Tensor};
+
+    use super::*;
+    use crate::activation::Activation;
+    use crate::attention::Attention;
+    use crate::embedding::Embedding;
+    use crate::linear::Linear;
+    use crate::mlp::gated;
+    use crate::norm::{LayerNorm, RmsNorm};
+
+    fn flops<T>(f: impl FnOnce() -> Result<T>) -> u64 {
+        let (result, recorded) = record(f);
+        result.map(|_| recorded.flops).unwrap()
+    }
+
+    #[test]
+    fn blocks_by_hand() -> Result<()> {
+        let ones = |shape: &[usize]| Tensor::ones(shape, DType::F32, &Device::Cpu);
+        // 2 rows, 3 -> 4: 2 · 24 and 8 for the bias, 8 for the activation or the residual
+        let linear = Linear::new(&ones(&[4, 3])?, Some(&ones(&[4])?))?;
+        let x = ones(&[1, 2, 3])?;
+        assert_eq!(flops(|| linear.forward(&x)), 56);
+        assert_eq!(flops(|| linear.forward_act(&x, Activation::Gelu)), 64);
+        assert_eq!(flops(|| linear.forward_add(&x, &ones(&[1, 2, 4])?)), 64);
+        assert_eq!(flops(|| Activation::Silu.forward(&x)), 6);
+        assert_eq!(flops(|| gated(&ones(&[2, 6])?, Activation::Silu)), 12);
+        assert_eq!(flops(|| LayerNorm::new(&ones(&[3])?, None, 1e-5)?.forward(&x)), 42);
+        assert_eq!(flops(|| RmsNorm::new(&ones(&[3])?, 1e-5)?.forward(&x)), 24);
+        let table = Embedding::new(&ones(&[9, 5])?)?;
+        let (_, looked_up) = record(|| table.forward(&Tensor::new(&[1u32, 2], &Device::Cpu)?));
+        assert_eq!(looked_up, Recorded { flops: 0, weight_bytes: 40, activation_bytes: 40 });
+        Ok(())
+    }
+
+    #[test]
+    fn attention_by_hand() -> Result<()> {
+        let ones = |rows, width| Tensor::ones((1, rows, width), DType::F32, &Device::Cpu);
+        let over = |pattern, queries, keys| {
+            let attention = Attention { heads: 4, kv_heads: 2, head_dim: 8, scale: None, pattern };
+            let (q, kv) = (ones(queries, 32).unwrap(), ones(keys, 16).unwrap());
+            flops(|| attention.forward(&q, &kv, &kv, None))
+        };
+        let of = |pairs: u64| pairs * 4 * (2 * 8 * 2 + 5);
+        assert_eq!(over(Pattern::Full, 2, 5), of(10));
+        assert_eq!(over(Pattern::Causal, 4, 4), of(10));
+        assert_eq!(over(Pattern::Causal, 1, 4), of(4));
+        assert_eq!(over(Pattern::Sliding(2), 4, 4), of(7));
+        Ok(())
+    }
+
+    #[test]
+    fn counting_nests_and_ends() {
+        assert!(RECORDED.get().is_none());
+        let ((_, inner), outer) = record(|| {
+            elementwise(3, 1);
+            record(|| elementwise(5, 2))
+        });
+        assert_eq!((inner.flops, outer.flops), (10, 13));
+        assert!(std::panic::catch_unwind(|| record(|| panic!("in the middle"))).is_err());
+        assert!(RECORDED.get().is_none());
+    }
+}
