@@ -1,8 +1,8 @@
 //! What came out of real inputs, for people: similarities of sentences, the likeliest labels of a picture.
 
-use candle_core::{D, DType, Tensor};
-use candle_nn::ops::softmax;
-use roofbench_core::session::Tensors;
+use candle_core::Tensor;
+use roofbench_core::classify;
+use roofbench_core::session::{SessionError, Tensors};
 use serde_json::Value;
 
 use crate::job::RawInput;
@@ -17,13 +17,13 @@ const TEXT_WIDTH: usize = 40;
 /// Lines that say what `outputs` mean for `raw`; empty where they mean nothing to people.
 ///
 /// # Errors
-/// Outputs of an unexpected shape.
+/// Outputs of an unexpected shape, or labels in the config that don't fit them.
 pub(crate) fn describe(
     raw: &RawInput,
     inputs: &Tensors,
     outputs: &Tensors,
     config: &Value,
-) -> candle_core::Result<Option<String>> {
+) -> Result<Option<String>, SessionError> {
     let names: Vec<String> = match raw {
         RawInput::Texts(texts) => texts.iter().map(|text| shortened(text)).collect(),
         RawInput::Images(paths) => paths.iter().map(|path| path.display().to_string()).collect(),
@@ -51,16 +51,13 @@ fn matrix(names: &[String], similarities: &[Vec<f32>]) -> String {
 }
 
 /// The likeliest labels of each item.
-fn labels(names: &[String], logits: &Tensor, config: &Value) -> candle_core::Result<String> {
-    let probabilities: Vec<Vec<f32>> = softmax(&logits.to_dtype(DType::F32)?, D::Minus1)?.to_vec2()?;
+fn labels(names: &[String], logits: &Tensor, config: &Value) -> Result<String, SessionError> {
     let mut table = roofbench_report::empty_table(&["input", "label", "probability"]);
-    for (name, probabilities) in names.iter().zip(&probabilities) {
-        let mut order: Vec<usize> = (0..probabilities.len()).collect();
-        order.sort_by(|&a, &b| probabilities[b].total_cmp(&probabilities[a]));
-        for (rank, &class) in order.iter().take(LABELS).enumerate() {
-            let label = config["id2label"][class.to_string()].as_str().map_or_else(|| class.to_string(), str::to_owned);
-            let percent = format!("{} %", digits(100.0 * f64::from(probabilities[class])));
-            table.add_row([if rank == 0 { name.clone() } else { String::new() }, label, percent]);
+    let predictions = classify::classify(logits, &classify::labels(config)?, LABELS)?;
+    for (name, predictions) in names.iter().zip(predictions) {
+        for (rank, prediction) in predictions.into_iter().enumerate() {
+            let percent = format!("{} %", digits(100.0 * f64::from(prediction.probability)));
+            table.add_row([if rank == 0 { name.clone() } else { String::new() }, prediction.label, percent]);
         }
     }
     Ok(table.to_string())

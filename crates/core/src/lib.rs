@@ -3,9 +3,11 @@
 //! This crate deliberately does not know any model: it sees one through [`session::Session`], whatever runs behind it.
 
 pub mod catalog;
+pub mod classify;
 pub mod cost;
 pub mod hardware;
 pub mod harness;
+pub mod inputs;
 pub mod meters;
 pub mod metrics;
 pub mod record;

@@ -10,6 +10,9 @@ use serde_json::Value;
 
 use crate::cost::PhaseCost;
 
+/// Candle's result, as layers give it, unless another error is named.
+pub type Result<T, E = candle_core::Error> = std::result::Result<T, E>;
+
 /// Tensors by the names that the `transformers` class gives its arguments or its output fields.
 pub type Tensors = BTreeMap<String, Tensor>;
 
@@ -208,4 +211,11 @@ pub enum SessionError {
     /// A tensor operation failed.
     #[error("{0}")]
     Tensor(#[from] candle_core::Error),
+}
+
+impl SessionError {
+    /// A [`SessionError::Input`].
+    pub fn input(name: &str, reason: impl Into<String>) -> Self {
+        Self::Input { name: name.to_owned(), reason: reason.into() }
+    }
 }

@@ -3,9 +3,11 @@
 use std::sync::Arc;
 
 use candle_core::{CpuStorage, D, DType, Device, Layout, Result, Storage, Tensor, bail};
+use candle_nn::VarBuilder;
 
 use crate::cost;
 use crate::kernels::attention as kernel;
+use crate::linear::Linear;
 use crate::op;
 
 /// Which keys a query sees by their positions. The queries are the last `queries` of the `keys` positions, so that a
@@ -118,6 +120,64 @@ pub struct Attention {
     pub scale: Option<f32>,
     /// Who sees whom.
     pub pattern: Pattern,
+}
+
+/// Self-attention on one product for query, key and value, which attention reads in place; the output layer is the
+/// caller's, who may fuse its residual.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use roofbench_nn::attention::{Attention, Pattern, SelfAttention};
+/// use roofbench_nn::linear::Linear;
+///
+/// let qkv = Linear::new(&Tensor::new(&[[0f32], [0.], [2.]], &Device::Cpu)?, None)?; // query, key, value
+/// let attention = Attention { heads: 1, kv_heads: 1, head_dim: 1, scale: None, pattern: Pattern::Full };
+/// let x = Tensor::new(&[[[1f32], [3.]]], &Device::Cpu)?;
+/// let y = SelfAttention::new(qkv, attention)?.forward(&x, None)?;
+/// assert_eq!(y.flatten_all()?.to_vec1::<f32>()?, [4., 4.]); // equal scores: the mean of 2 and 6
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct SelfAttention {
+    qkv: Linear,
+    attention: Attention,
+}
+
+impl SelfAttention {
+    /// From a layer that gives query, key and value side by side.
+    ///
+    /// # Errors
+    /// When its width is not that of the heads.
+    pub fn new(qkv: Linear, attention: Attention) -> Result<Self> {
+        let width = (attention.heads + 2 * attention.kv_heads) * attention.head_dim;
+        if qkv.out_dim() != width {
+            bail!("SelfAttention: query, key and value give {} together, the heads take {width}", qkv.out_dim())
+        }
+        Ok(Self { qkv, attention })
+    }
+
+    /// Reads the layers that `names` gives under `vb` (query, key, value), which take rows of `dim`.
+    ///
+    /// # Errors
+    /// When a tensor is missing or has another shape.
+    pub fn load(dim: usize, attention: Attention, names: [&str; 3], bias: bool, vb: VarBuilder<'_>) -> Result<Self> {
+        let [queries, keys] = [attention.heads, attention.kv_heads].map(|heads| heads * attention.head_dim);
+        let parts = [(names[0], queries), (names[1], keys), (names[2], keys)];
+        Self::new(Linear::load_fused(dim, &parts, bias, vb)?, attention)
+    }
+
+    /// # Shapes
+    /// (batch, seq, dim) → (batch, seq, heads · head_dim).
+    ///
+    /// # Errors
+    /// As for [`Linear::forward`] and [`Attention::forward`].
+    pub fn forward(&self, x: &Tensor, mask: Option<&Mask>) -> Result<Tensor> {
+        let qkv = self.qkv.forward(x)?; // (batch, seq, (heads + 2 * kv_heads) * head_dim)
+        let [queries, keys] =
+            [self.attention.heads, self.attention.kv_heads].map(|heads| heads * self.attention.head_dim);
+        let (q, k) = (qkv.narrow(2, 0, queries)?, qkv.narrow(2, queries, keys)?);
+        self.attention.forward(&q, &k, &qkv.narrow(2, queries + keys, keys)?, mask)
+    }
 }
 
 /// Sizes of one call.

@@ -37,7 +37,6 @@
 //! ```
 
 pub mod models;
-mod session;
 pub mod tasks;
 pub mod tokenize;
 

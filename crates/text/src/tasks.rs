@@ -3,8 +3,6 @@
 use candle_core::{D, DType, Tensor};
 use roofbench_core::session::{Call, Session, SessionError, Tensors, Unobserved};
 
-use crate::session::refuse;
-
 /// Embeds tokenised texts as sentence-transformers does: mean over tokens, then unit length (Reimers and Gurevych,
 /// arXiv:1908.10084).
 ///
@@ -22,7 +20,10 @@ pub fn embed(session: &mut dyn Session, inputs: Tensors) -> Result<Tensor, Sessi
     let call = Call { method: "forward".into(), inputs, ..Default::default() };
     let outputs = session.call(&call, &mut Unobserved)?;
     let hidden = outputs.get("last_hidden_state").ok_or_else(|| {
-        refuse("last_hidden_state", "is no output of this class, and its mean is wanted; load a base class (BertModel)")
+        SessionError::input(
+            "last_hidden_state",
+            "is no output of this class, and its mean is wanted; load a base class (BertModel)",
+        )
     })?;
     let hidden = hidden.to_dtype(DType::F32)?; // (batch, seq, hidden)
     let pooled = match mask {

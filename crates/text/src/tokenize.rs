@@ -78,7 +78,7 @@ impl Tokenizer {
         let encodings = self.inner.encode_batch(texts, true).map_err(|error| file_error(&self.path, &error))?;
         let seq = encodings.first().map_or(0, |encoding| encoding.len());
         if seq == 0 {
-            return Err(crate::session::refuse("text", "there is nothing to encode"));
+            return Err(SessionError::input("text", "there is nothing to encode"));
         }
         if let Some(other) = encodings.iter().map(|encoding| encoding.len()).find(|&len| len != seq) {
             let reason = format!("has no padding token, which texts of {seq} and {other} tokens in one batch need");

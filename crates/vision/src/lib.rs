@@ -49,15 +49,14 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-pub mod classify;
 pub mod image_io;
 pub mod models;
 pub mod preprocess;
 pub mod resize;
-mod session;
 
 pub use candle_core;
 pub use image;
+pub use roofbench_core::classify;
 pub use roofbench_core::cost::{Cost, PhaseCost};
 pub use roofbench_core::session::{
     Arguments, Call, Engine, ModelSpec, Observer, Phase, Processor, Session, SessionError, Tensors, Unobserved,

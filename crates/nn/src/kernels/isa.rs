@@ -1,8 +1,11 @@
 //! Which instruction set the kernels use: detected once at run time, so that a build without target-cpu flags loses nothing.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::OnceLock;
+
+use candle_core::{DType, Device};
 
 /// An instruction set that every kernel has a path for (or falls back from to the next narrower one).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -141,6 +144,14 @@ impl fmt::Display for Dot {
             Self::Avx512Vnni => "avx512 vnni",
         })
     }
+}
+
+/// Which path the blocks take on `device` with weights in `dtype`, by kind of operation: the instruction set of the fused
+/// kernels, or `candle`.
+pub fn paths(device: &Device, dtype: DType) -> BTreeMap<String, String> {
+    let fused = device.is_cpu() && matches!(dtype, DType::F32 | DType::BF16 | DType::F16);
+    let path = if fused { Isa::current().to_string() } else { "candle".to_owned() };
+    ["matmul", "attention", "norm"].map(|kind| (kind.to_owned(), path.clone())).into()
 }
 
 impl fmt::Display for Isa {

@@ -6,18 +6,20 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 use candle_nn::VarBuilder;
+use roofbench_core::classify::label_count;
 use roofbench_core::cost::{self, Cost, Norm, PhaseCost};
-use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Session, SessionError, Tensors};
+use roofbench_core::inputs::{Inputs, in_range, zero_or_one};
+use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Result, Session, SessionError, Tensors};
 use roofbench_core::weights::{AliasRule, AliasScope};
 use roofbench_nn::activation::Activation;
-use roofbench_nn::attention::{Attention, Mask, Pattern};
+use roofbench_nn::attention::{Attention, Mask, Pattern, SelfAttention};
 use roofbench_nn::embedding::Embedding;
+use roofbench_nn::kernels::isa;
 use roofbench_nn::linear::Linear;
+use roofbench_nn::mlp::Mlp;
 use roofbench_nn::norm::LayerNorm;
 use serde::Deserialize;
 use serde_json::{Map, Value};
-
-use crate::session::{Inputs, Result, in_range, paths, refuse, zero_or_one};
 
 /// The classes that run.
 pub const CLASSES: &[&str] = &["BertModel", "BertForMaskedLM", "BertForSequenceClassification"];
@@ -76,10 +78,6 @@ pub struct BertConfig {
     /// The masked-LM head multiplies with the word embeddings; `true` when absent.
     #[serde(default = "yes")]
     pub tie_word_embeddings: bool,
-    /// Names of the classes to tell apart, by index.
-    pub id2label: Option<Map<String, Value>>,
-    /// Number of classes where `id2label` is absent; 2 when both are.
-    pub num_labels: Option<usize>,
     position_embedding_type: Option<String>,
     is_decoder: Option<bool>,
     add_cross_attention: Option<bool>,
@@ -113,7 +111,6 @@ impl BertConfig {
             ("intermediate_size", cfg.intermediate_size),
             ("max_position_embeddings", cfg.max_position_embeddings),
             ("type_vocab_size", cfg.type_vocab_size),
-            ("num_labels", cfg.labels()),
         ];
         const LARGEST: usize = 1 << 24; // far beyond any model, and products of three still fit 64 bits
         let invalid = |field: &str, reason: String| SessionError::Config { field: field.to_string(), reason };
@@ -149,11 +146,6 @@ impl BertConfig {
         }
     }
 
-    /// Classes that the sequence classifier tells apart.
-    fn labels(&self) -> usize {
-        self.id2label.as_ref().map(Map::len).or(self.num_labels).unwrap_or(2)
-    }
-
     fn layer_norm(&self, vb: VarBuilder) -> Result<LayerNorm> {
         LayerNorm::load(self.hidden_size, self.layer_norm_eps, vb.pp("LayerNorm"))
     }
@@ -187,72 +179,35 @@ impl Embeddings {
     }
 }
 
-/// `dense` of the inner result plus the stream, normalised: how both halves of a layer end.
-struct Output {
-    dense: Linear,
-    layer_norm: LayerNorm,
-}
-
-impl Output {
-    fn load(cfg: &BertConfig, in_dim: usize, vb: VarBuilder) -> Result<Self> {
-        Ok(Self {
-            dense: Linear::load(in_dim, cfg.hidden_size, true, vb.pp("dense"))?,
-            layer_norm: cfg.layer_norm(vb)?,
-        })
-    }
-
-    fn forward(&self, inner: &Tensor, x: &Tensor) -> Result<Tensor> {
-        self.layer_norm.forward(&self.dense.forward_add(inner, x)?)
-    }
-}
-
-struct SelfAttention {
-    qkv: Linear, // query, key and value, one product
-    attention: Attention,
-    hidden: usize,
-}
-
-impl SelfAttention {
-    fn load(cfg: &BertConfig, vb: VarBuilder) -> Result<Self> {
-        let (hidden, heads) = (cfg.hidden_size, cfg.num_attention_heads);
-        let parts = [("query", hidden), ("key", hidden), ("value", hidden)];
-        let attention =
-            Attention { heads, kv_heads: heads, head_dim: hidden / heads, scale: None, pattern: Pattern::Full };
-        Ok(Self { qkv: Linear::load_fused(hidden, &parts, true, vb)?, attention, hidden })
-    }
-
-    /// `x` and the result are (batch, seq, hidden).
-    fn forward(&self, x: &Tensor, mask: Option<&Mask>) -> Result<Tensor> {
-        let qkv = self.qkv.forward(x)?; // (batch, seq, 3 * hidden)
-        let part = |i: usize| qkv.narrow(2, i * self.hidden, self.hidden);
-        self.attention.forward(&part(0)?, &part(1)?, &part(2)?, mask)
-    }
-}
-
 struct Layer {
     self_attention: SelfAttention,
-    attention_output: Output,
-    intermediate: Linear,
-    hidden_act: Activation,
-    output: Output,
+    attention_output: Linear,
+    attention_norm: LayerNorm,
+    mlp: Mlp,
+    output_norm: LayerNorm,
 }
 
 impl Layer {
     fn load(cfg: &BertConfig, vb: VarBuilder) -> Result<Self> {
+        let (hidden, heads) = (cfg.hidden_size, cfg.num_attention_heads);
+        let attention =
+            Attention { heads, kv_heads: heads, head_dim: hidden / heads, scale: None, pattern: Pattern::Full };
+        let sizes = [hidden, cfg.intermediate_size];
+        let qkv = ["query", "key", "value"];
         Ok(Self {
-            self_attention: SelfAttention::load(cfg, vb.pp("attention.self"))?,
-            attention_output: Output::load(cfg, cfg.hidden_size, vb.pp("attention.output"))?,
-            intermediate: Linear::load(cfg.hidden_size, cfg.intermediate_size, true, vb.pp("intermediate.dense"))?,
-            hidden_act: cfg.hidden_act,
-            output: Output::load(cfg, cfg.intermediate_size, vb.pp("output"))?,
+            self_attention: SelfAttention::load(hidden, attention, qkv, true, vb.pp("attention.self"))?,
+            attention_output: Linear::load(hidden, hidden, true, vb.pp("attention.output.dense"))?,
+            attention_norm: cfg.layer_norm(vb.pp("attention.output"))?,
+            mlp: Mlp::load(sizes, cfg.hidden_act, true, ["intermediate.dense", "output.dense"], vb.clone())?,
+            output_norm: cfg.layer_norm(vb.pp("output"))?,
         })
     }
 
     /// `x` and the result are (batch, seq, hidden).
     fn forward(&self, x: &Tensor, mask: Option<&Mask>) -> Result<Tensor> {
-        let x = self.attention_output.forward(&self.self_attention.forward(x, mask)?, x)?;
-        let inner = self.intermediate.forward_act(&x, self.hidden_act)?; // (batch, seq, intermediate)
-        self.output.forward(&inner, &x)
+        let attended = self.self_attention.forward(x, mask)?; // (batch, seq, hidden)
+        let x = self.attention_norm.forward(&self.attention_output.forward_add(&attended, x)?)?;
+        self.output_norm.forward(&self.mlp.forward_add(&x, &x)?)
     }
 }
 
@@ -263,8 +218,8 @@ pub(crate) enum HeadKind {
     Pooler,
     /// Of `BertForMaskedLM`.
     MaskedLm,
-    /// Of `BertForSequenceClassification`.
-    Classifier,
+    /// Of `BertForSequenceClassification`, with its number of labels.
+    Classifier { labels: usize },
 }
 
 impl HeadKind {
@@ -272,7 +227,7 @@ impl HeadKind {
         match spec.class.as_str() {
             "BertModel" => Ok(Self::Pooler),
             "BertForMaskedLM" => Ok(Self::MaskedLm),
-            "BertForSequenceClassification" => Ok(Self::Classifier),
+            "BertForSequenceClassification" => Ok(Self::Classifier { labels: label_count(&spec.config)? }),
             _ => Err(SessionError::UnsupportedClass {
                 family: spec.family.clone(),
                 class: spec.class.clone(),
@@ -299,9 +254,9 @@ impl Head {
         let square = |vb: VarBuilder| Linear::load(hidden, hidden, true, vb.pp("dense"));
         Ok(match kind {
             HeadKind::Pooler => Self::Pooler { dense: square(bert.pp("pooler"))? },
-            HeadKind::Classifier => Self::Classifier {
+            HeadKind::Classifier { labels } => Self::Classifier {
                 dense: square(bert.pp("pooler"))?,
-                classifier: Linear::load(hidden, cfg.labels(), true, vb.pp("classifier"))?,
+                classifier: Linear::load(hidden, labels, true, vb.pp("classifier"))?,
             },
             HeadKind::MaskedLm => {
                 let vb = vb.pp("cls.predictions");
@@ -358,14 +313,14 @@ impl BertModel {
         let (kind, cfg) = (HeadKind::of(spec)?, BertConfig::from_spec(spec)?);
         let bert = match kind {
             HeadKind::Pooler => vb.clone(),
-            HeadKind::MaskedLm | HeadKind::Classifier => vb.pp("bert"),
+            HeadKind::MaskedLm | HeadKind::Classifier { .. } => vb.pp("bert"),
         };
         let embeddings = Embeddings::load(&cfg, bert.pp("embeddings"))?;
         let layer = |i: usize| Layer::load(&cfg, bert.pp(format!("encoder.layer.{i}")));
         let layers = (0..cfg.num_hidden_layers).map(layer).collect::<Result<_>>()?;
         let head = Head::load(kind, &cfg, vb, bert.clone(), &embeddings.word_embeddings)?;
         let bytes_per_element = spec.dtype.size_in_bytes() as u64;
-        Ok(Self { cfg, embeddings, layers, head, kind, bytes_per_element, paths: paths(spec) })
+        Ok(Self { cfg, embeddings, layers, head, kind, bytes_per_element, paths: isa::paths(&spec.device, spec.dtype) })
     }
 
     fn forward(&self, ids: &TokenIds) -> Result<Tensors> {
@@ -393,7 +348,7 @@ pub(crate) struct TokenIds {
 impl TokenIds {
     pub(crate) fn read(cfg: &BertConfig, call: &Call) -> Result<Self, SessionError> {
         let known = ["input_ids", "attention_mask", "token_type_ids", "position_ids"];
-        let inputs = Inputs::forward(call, &known)?;
+        let inputs = Inputs::forward(call, &known, &[])?;
         let input_ids = inputs.matrix("input_ids")?;
         in_range("input_ids", &input_ids, "vocab_size", cfg.vocab_size)?;
 
@@ -406,7 +361,7 @@ impl TokenIds {
             None if seq > limit => {
                 let reason =
                     format!("a sequence of {seq} is longer than max_position_embeddings = {limit}; truncate it");
-                return Err(refuse("input_ids", reason));
+                return Err(SessionError::input("input_ids", reason));
             }
             None => Tensor::arange(0, seq as i64, input_ids.device())?.unsqueeze(0)?,
         };
@@ -475,7 +430,7 @@ pub(crate) fn forward_cost(cfg: &BertConfig, head: Option<HeadKind>, shape: [usi
     let head = match head {
         None => Cost::default(),
         Some(HeadKind::Pooler) => pooler,
-        Some(HeadKind::Classifier) => pooler + linear(batch, hidden, cfg.labels() as u64),
+        Some(HeadKind::Classifier { labels }) => pooler + linear(batch, hidden, labels as u64),
         Some(HeadKind::MaskedLm) => {
             linear(tokens, hidden, hidden) + activation(tokens * hidden) + norm + linear(tokens, hidden, vocab)
         }
@@ -557,9 +512,11 @@ mod tests {
 
     #[test]
     fn labels_come_from_either_field() {
-        let labels = |changes: &[(&str, Value)]| {
-            BertConfig::from_spec(&spec("BertForSequenceClassification", changes)).unwrap().labels()
-        };
+        let labels =
+            |changes: &[(&str, Value)]| match HeadKind::of(&spec("BertForSequenceClassification", changes)).unwrap() {
+                HeadKind::Classifier { labels } => labels,
+                other => panic!("{other:?}"),
+            };
         assert_eq!(labels(&[]), 2);
         assert_eq!(labels(&[("num_labels", json!(3))]), 3);
         assert_eq!(labels(&[("id2label", json!({"0": "a", "1": "b", "2": "c", "3": "d"}))]), 4);
@@ -598,13 +555,13 @@ mod tests {
 
         let of = |head| forward_cost(&cfg, Some(head), [2, 3], 4);
         assert_eq!(of(HeadKind::Pooler).flops - flops, 2 * 2 * 16 + 8 + 8); // 2 rows
-        assert_eq!(of(HeadKind::Classifier).flops - of(HeadKind::Pooler).flops, 2 * 2 * 4 * 2 + 2 * 2);
+        assert_eq!(of(HeadKind::Classifier { labels: 2 }).flops - of(HeadKind::Pooler).flops, 2 * 2 * 4 * 2 + 2 * 2);
         let head = 2 * 6 * 16 + 24 + 24 + 7 * 24 + 2 * 6 * 4 * 10 + 6 * 10; // dense, activation, norm, decoder
         assert_eq!(of(HeadKind::MaskedLm).flops - flops, head);
     }
 
     /// Published for `BertModel` at BERT-base size and 128 tokens: 22.36 GFLOPs (calflops, README, module hooks), and
-    /// 22.5 (TinyBERT, arXiv:1909.10351, table 1, TensorFlow's profiler). The products alone are
+    /// 22.5 (TinyBERT, arXiv:1909.10351, table 1). The products alone are
     /// 12 layers · (24·128·768² + 4·128²·768) + the pooler's 2·768² = 22.35 G; counters differ in the rest.
     #[test]
     fn cost_of_bert_base_matches_published_counts() {

@@ -11,7 +11,6 @@ use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Session, Session
 use roofbench_nn::activation::Activation;
 
 use super::bert::{BertConfig, HeadKind, TokenIds, forward_cost};
-use crate::session::refuse;
 
 /// `BertModel` (without pooler) and `BertForMaskedLM`.
 pub(crate) struct Bert {
@@ -57,7 +56,7 @@ impl Bert {
         let model = match head {
             HeadKind::Pooler => Model::Encoder(Box::new(bert::BertModel::load(vb, &config)?)),
             HeadKind::MaskedLm => Model::MaskedLm(Box::new(bert::BertForMaskedLM::load(vb, &config)?)),
-            HeadKind::Classifier => {
+            HeadKind::Classifier { .. } => {
                 return Err(unsupported(format!("candle-transformers has no {}; use roofbench", spec.class)));
             }
         };
@@ -81,7 +80,10 @@ fn stored_name(head: HeadKind, tied: bool, name: &str) -> &str {
 impl Session for Bert {
     fn call(&mut self, call: &Call, observer: &mut dyn Observer) -> Result<Tensors, SessionError> {
         if call.inputs.contains_key("position_ids") {
-            return Err(refuse("position_ids", "candle-transformers counts positions by itself; leave it out"));
+            return Err(SessionError::input(
+                "position_ids",
+                "candle-transformers counts positions by itself; leave it out",
+            ));
         }
         let ids = TokenIds::read(&self.cfg, call)?;
         let types: Tensor = ids.token_type_ids.broadcast_as(ids.input_ids.shape())?.contiguous()?;

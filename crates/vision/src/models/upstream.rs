@@ -10,7 +10,6 @@ use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Session, Session
 use roofbench_nn::activation::Activation;
 
 use super::vit::{HeadKind, Pixels, ViTConfig, forward_cost};
-use crate::session::refuse;
 
 /// `candle_transformers::models::vit`, which classifies pictures of one square size.
 pub(crate) struct StockViT {
@@ -69,7 +68,7 @@ impl Session for StockViT {
         let pixels = Pixels::read(&self.cfg, call)?;
         if pixels.size != self.cfg.image_size {
             let reason = "candle-transformers can't interpolate positions; give pictures of image_size";
-            return Err(refuse("interpolate_pos_encoding", reason));
+            return Err(SessionError::input("interpolate_pos_encoding", reason));
         }
         let pixel_values = pixels.values.to_device(&self.spec.device)?.to_dtype(self.spec.dtype)?;
         let logits = self.model.forward(&pixel_values)?; // (batch, labels)

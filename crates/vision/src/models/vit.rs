@@ -4,22 +4,24 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
+use roofbench_core::classify::label_count;
 use roofbench_core::cost::{self, Cost, Norm, PhaseCost};
-use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Session, SessionError, Tensors};
+use roofbench_core::inputs::Inputs;
+use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Result, Session, SessionError, Tensors};
 use roofbench_core::weights::{AliasRule, AliasScope};
 use roofbench_nn::activation::Activation;
-use roofbench_nn::attention::{Attention, Pattern};
+use roofbench_nn::attention::{Attention, Pattern, SelfAttention};
+use roofbench_nn::kernels::isa;
 use roofbench_nn::linear::Linear;
+use roofbench_nn::mlp::Mlp;
 use roofbench_nn::norm::LayerNorm;
 use roofbench_nn::patch_embed::PatchEmbed;
 use roofbench_nn::resize;
 use serde::Deserialize;
 
 use super::{HeightWidth, activation_dtype};
-use crate::classify::label_count;
-use crate::session::{Inputs, SessionResult, paths, refuse};
 
 /// The classes that run.
 pub const CLASSES: &[&str] = &["ViTModel", "ViTForImageClassification"];
@@ -98,7 +100,7 @@ impl ViTConfig {
     ///
     /// # Errors
     /// Names the field that is missing or malformed, or contradicts another.
-    pub fn from_spec(spec: &ModelSpec) -> SessionResult<Self> {
+    pub fn from_spec(spec: &ModelSpec) -> Result<Self, SessionError> {
         let cfg: Self = spec.parse_config()?;
         let invalid = |field: &str, reason: String| SessionError::Config { field: field.to_owned(), reason };
         let sizes = [
@@ -192,67 +194,35 @@ impl Embeddings {
     }
 }
 
-struct SelfAttention {
-    qkv: Linear, // query, key and value, one product
-    attention: Attention,
-    output: Linear,
-    hidden: usize,
-}
-
-impl SelfAttention {
-    fn load(cfg: &ViTConfig, vb: VarBuilder) -> Result<Self> {
-        let (hidden, heads) = (cfg.hidden_size, cfg.num_attention_heads);
-        let parts = [("query", hidden), ("key", hidden), ("value", hidden)];
-        Ok(Self {
-            qkv: Linear::load_fused(hidden, &parts, cfg.qkv_bias, vb.pp("attention"))?,
-            attention: Attention {
-                heads,
-                kv_heads: heads,
-                head_dim: hidden / heads,
-                scale: None,
-                pattern: Pattern::Full,
-            },
-            output: Linear::load(hidden, hidden, true, vb.pp("output.dense"))?,
-            hidden,
-        })
-    }
-
-    /// The normalised stream `x` attended to, plus `residual`; all are (batch, seq, hidden).
-    fn forward_add(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
-        let qkv = self.qkv.forward(x)?; // (batch, seq, 3 * hidden)
-        let part = |i: usize| qkv.narrow(2, i * self.hidden, self.hidden);
-        let x = self.attention.forward(&part(0)?, &part(1)?, &part(2)?, None)?; // (batch, seq, hidden)
-        self.output.forward_add(&x, residual)
-    }
-}
-
 struct Layer {
     layernorm_before: LayerNorm,
-    attention: SelfAttention,
+    self_attention: SelfAttention,
+    attention_output: Linear,
     layernorm_after: LayerNorm,
-    intermediate: Linear,
-    hidden_act: Activation,
-    output: Linear,
+    mlp: Mlp,
 }
 
 impl Layer {
     fn load(cfg: &ViTConfig, vb: VarBuilder) -> Result<Self> {
-        let (hidden, inner) = (cfg.hidden_size, cfg.intermediate_size);
+        let (hidden, heads) = (cfg.hidden_size, cfg.num_attention_heads);
+        let attention =
+            Attention { heads, kv_heads: heads, head_dim: hidden / heads, scale: None, pattern: Pattern::Full };
+        let sizes = [hidden, cfg.intermediate_size];
+        let (qkv, inner) = (["query", "key", "value"], vb.pp("attention.attention"));
         Ok(Self {
             layernorm_before: cfg.layer_norm(vb.pp("layernorm_before"))?,
-            attention: SelfAttention::load(cfg, vb.pp("attention"))?,
+            self_attention: SelfAttention::load(hidden, attention, qkv, cfg.qkv_bias, inner)?,
+            attention_output: Linear::load(hidden, hidden, true, vb.pp("attention.output.dense"))?,
             layernorm_after: cfg.layer_norm(vb.pp("layernorm_after"))?,
-            intermediate: Linear::load(hidden, inner, true, vb.pp("intermediate.dense"))?,
-            hidden_act: cfg.hidden_act,
-            output: Linear::load(inner, hidden, true, vb.pp("output.dense"))?,
+            mlp: Mlp::load(sizes, cfg.hidden_act, true, ["intermediate.dense", "output.dense"], vb)?,
         })
     }
 
     /// `x` and the result are (batch, seq, hidden).
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let x = self.attention.forward_add(&self.layernorm_before.forward(x)?, x)?;
-        let inner = self.intermediate.forward_act(&self.layernorm_after.forward(&x)?, self.hidden_act)?;
-        self.output.forward_add(&inner, &x)
+        let attended = self.self_attention.forward(&self.layernorm_before.forward(x)?, None)?; // (batch, seq, hidden)
+        let x = self.attention_output.forward_add(&attended, x)?;
+        self.mlp.forward_add(&self.layernorm_after.forward(&x)?, &x)
     }
 }
 
@@ -266,7 +236,7 @@ pub(crate) enum HeadKind {
 }
 
 impl HeadKind {
-    pub(crate) fn of(spec: &ModelSpec) -> SessionResult<Self> {
+    pub(crate) fn of(spec: &ModelSpec) -> Result<Self, SessionError> {
         match spec.class.as_str() {
             "ViTModel" => Ok(Self::Pooler),
             "ViTForImageClassification" => Ok(Self::Classifier { labels: label_count(&spec.config)? }),
@@ -332,7 +302,7 @@ impl ViTModel {
     ///
     /// # Errors
     /// Names the config field or the tensor at fault, or the class when it is none of [`CLASSES`].
-    pub fn load(spec: &ModelSpec, vb: VarBuilder) -> SessionResult<Self> {
+    pub fn load(spec: &ModelSpec, vb: VarBuilder) -> Result<Self, SessionError> {
         let (kind, cfg) = (HeadKind::of(spec)?, ViTConfig::from_spec(spec)?);
         let vit = match kind {
             HeadKind::Pooler => vb.clone(),
@@ -347,7 +317,7 @@ impl ViTModel {
             kind,
             dtype: spec.dtype,
             device: spec.device.clone(),
-            paths: paths(spec),
+            paths: isa::paths(&spec.device, spec.dtype),
             cfg,
         })
     }
@@ -373,16 +343,16 @@ pub(crate) struct Pixels<'a> {
 }
 
 impl<'a> Pixels<'a> {
-    pub(crate) fn read(cfg: &ViTConfig, call: &'a Call) -> SessionResult<Self> {
+    pub(crate) fn read(cfg: &ViTConfig, call: &'a Call) -> Result<Self, SessionError> {
         let inputs = Inputs::forward(call, &["pixel_values"], &["interpolate_pos_encoding"])?;
-        let values = inputs.pixel_values(cfg.num_channels)?;
+        let values = inputs.pictures("pixel_values", cfg.num_channels)?;
         let (_, _, height, width) = values.dims4()?;
         let (size, patches) = (HeightWidth { height, width }, cfg.patches(HeightWidth { height, width }));
         let learned = cfg.patches(cfg.image_size);
         if !inputs.flag("interpolate_pos_encoding")? {
             if size != cfg.image_size {
                 let expected = cfg.image_size;
-                return Err(refuse(
+                return Err(SessionError::input(
                     "pixel_values",
                     format!(
                         "is {height} x {width} pixels, image_size is {} x {}; \
@@ -394,12 +364,15 @@ impl<'a> Pixels<'a> {
             return Ok(Self { values, size, interpolated: None });
         }
         if patches.contains(&0) {
-            return Err(refuse("pixel_values", format!("{height} x {width} pixels are smaller than a patch")));
+            return Err(SessionError::input(
+                "pixel_values",
+                format!("{height} x {width} pixels are smaller than a patch"),
+            ));
         }
         if learned[0] != learned[1] {
             // the class takes the square root of their number for rows and columns
             let reason = format!("needs a square of learned positions; image_size gives {learned:?}");
-            return Err(refuse("interpolate_pos_encoding", reason));
+            return Err(SessionError::input("interpolate_pos_encoding", reason));
         }
         // as the class decides; where it interpolates to the same rows and columns nothing changes
         Ok(Self { values, size, interpolated: Some(patches).filter(|patches| *patches != learned) })
@@ -407,13 +380,13 @@ impl<'a> Pixels<'a> {
 }
 
 impl Session for ViTModel {
-    fn call(&mut self, call: &Call, observer: &mut dyn Observer) -> SessionResult<Tensors> {
+    fn call(&mut self, call: &Call, observer: &mut dyn Observer) -> Result<Tensors, SessionError> {
         let outputs = self.forward(&Pixels::read(&self.cfg, call)?)?;
         observer.end(Phase::Forward);
         Ok(outputs)
     }
 
-    fn cost(&self, call: &Call) -> SessionResult<Vec<PhaseCost>> {
+    fn cost(&self, call: &Call) -> Result<Vec<PhaseCost>, SessionError> {
         forward_cost(&self.cfg, self.kind, &Pixels::read(&self.cfg, call)?, self.dtype)
     }
 
@@ -428,7 +401,7 @@ pub(crate) fn forward_cost(
     kind: HeadKind,
     pixels: &Pixels,
     dtype: DType,
-) -> SessionResult<Vec<PhaseCost>> {
+) -> Result<Vec<PhaseCost>, SessionError> {
     let bytes = dtype.size_in_bytes() as u64;
     let [batch, channels, hidden, inner, heads] =
         [pixels.values.dim(0)?, cfg.num_channels, cfg.hidden_size, cfg.intermediate_size, cfg.num_attention_heads]
@@ -620,13 +593,13 @@ mod tests {
         );
     }
 
-    fn synthetic_model(spec: &ModelSpec) -> SessionResult<ViTModel> {
+    fn synthetic_model(spec: &ModelSpec) -> Result<ViTModel, SessionError> {
         let weights = Weights::open(&Source::Synthetic { seed: 0 }, ALIASES, &spec.class, &HubOptions::from_env())?;
         ViTModel::load(spec, weights.var_builder(spec.dtype, &spec.device))
     }
 
     #[test]
-    fn half_precision_weights_give_nearly_the_same() -> SessionResult<()> {
+    fn half_precision_weights_give_nearly_the_same() -> Result<(), SessionError> {
         let mut spec = spec("ViTForImageClassification", json!({}));
         let call = call([2, 1, 4, 4], false);
         let exact = synthetic_model(&spec)?.call(&call, &mut Unobserved)?.remove("logits").expect("logits");
@@ -642,7 +615,7 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_equals_its_items_alone() -> SessionResult<()> {
+    fn a_batch_equals_its_items_alone() -> Result<(), SessionError> {
         let spec = spec("ViTModel", json!({"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}));
         let mut model = synthetic_model(&spec)?;
         let batch = call([3, 1, 6, 4], true);

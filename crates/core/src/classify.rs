@@ -1,8 +1,9 @@
 //! From a classifier's logits to labels that people read.
 
 use candle_core::{D, DType, Tensor};
-use roofbench_core::session::SessionError;
 use serde_json::Value;
+
+use crate::session::SessionError;
 
 /// One answer of a classifier.
 #[derive(Debug, Clone, PartialEq)]
@@ -33,7 +34,10 @@ pub fn labels(config: &Value) -> Result<Vec<String>, SessionError> {
 }
 
 /// Number of labels: the length of `id2label`, else `num_labels`, else 2, as `transformers` counts them.
-pub(crate) fn label_count(config: &Value) -> Result<usize, SessionError> {
+///
+/// # Errors
+/// [`SessionError::Config`] when it is no number, 0, or beyond reason.
+pub fn label_count(config: &Value) -> Result<usize, SessionError> {
     let count = match (config.get("id2label").and_then(Value::as_object), config.get("num_labels")) {
         (Some(names), _) => names.len() as u64,
         (None, None | Some(Value::Null)) => 2,
@@ -51,7 +55,7 @@ fn invalid(field: &str, reason: String) -> SessionError {
     SessionError::Config { field: field.to_owned(), reason }
 }
 
-/// The `top` most probable labels of each picture, best first.
+/// The `top` most probable labels of each item, best first.
 ///
 /// # Shapes
 /// `logits` is (batch, labels).
@@ -61,7 +65,7 @@ fn invalid(field: &str, reason: String) -> SessionError {
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
-/// use roofbench_vision::classify::classify;
+/// use roofbench_core::classify::classify;
 /// let labels = ["cat", "dog", "owl"].map(String::from);
 /// let logits = Tensor::new(&[[0f32, 3f32.ln(), 0.0]], &Device::Cpu)?;
 /// let best = &classify(&logits, &labels, 2)?[0];
@@ -70,7 +74,7 @@ fn invalid(field: &str, reason: String) -> SessionError {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub fn classify(logits: &Tensor, labels: &[String], top: usize) -> Result<Vec<Vec<Prediction>>, SessionError> {
-    let refuse = |reason| SessionError::Input { name: "logits".into(), reason };
+    let refuse = |reason: String| SessionError::input("logits", reason);
     if logits.rank() != 2 || logits.dim(1)? != labels.len() {
         return Err(refuse(format!("has shape {:?}, expected (batch, {})", logits.dims(), labels.len())));
     }
