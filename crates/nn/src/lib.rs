@@ -8,6 +8,7 @@ pub mod attention;
 pub mod conv;
 pub mod cost;
 pub mod embedding;
+pub mod gather;
 pub mod kernels;
 pub mod kv_cache;
 pub mod linear;

@@ -61,6 +61,16 @@ impl<'a> Strided<'a> {
 pub(crate) struct Bias<'a> {
     pub(crate) data: &'a [f32],
     pub(crate) strides: [usize; 3],
+    /// Which of the biases each item of the batch takes; its own where absent.
+    pub(crate) which: Option<&'a [u32]>,
+}
+
+impl Bias<'_> {
+    /// Where that of the first key lies.
+    fn start(&self, item: usize, head: usize, query: usize) -> usize {
+        let item = self.which.map_or(item, |which| which[item] as usize);
+        item * self.strides[0] + head * self.strides[1] + query * self.strides[2]
+    }
 }
 
 /// One call. `queries` are the last of `keys` positions.
@@ -96,9 +106,11 @@ impl Attention<'_> {
             );
         }
         if let Some(bias) = self.bias.filter(|_| batch * queries * keys > 0) {
-            let [b, h, q] = bias.strides;
-            let least = (batch - 1) * b + (heads - 1) * h + (queries - 1) * q + keys;
-            KernelError::check_least("bias", Some(least), bias.data.len())?;
+            if let Some(which) = bias.which {
+                KernelError::check("list of biases", Some(batch), which.len())?;
+            }
+            let last = (0..batch).map(|item| bias.start(item, heads - 1, queries - 1)).max().unwrap_or(0);
+            KernelError::check_least("bias", Some(last + keys), bias.data.len())?;
         }
         Ok(())
     }
@@ -907,9 +919,7 @@ impl Attention<'_> {
             k_stride: self.k.row,
             v: at(&self.v, kv_head),
             v_stride: self.v.row,
-            bias: self
-                .bias
-                .map(|Bias { data, strides: [b, h, q] }| data.as_ptr().wrapping_add(item * b + head * h + query * q)),
+            bias: self.bias.map(|bias| bias.data.as_ptr().wrapping_add(bias.start(item, head, query))),
             bias_stride: self.bias.map_or(0, |bias| bias.strides[if queries == 1 { 1 } else { 2 }]),
             out: out.get().wrapping_add(((item * queries + query) * heads + head) * head_dim),
             out_stride: stride(heads * head_dim),
@@ -1045,8 +1055,7 @@ fn attention_scalar(call: &Attention) -> Vec<f32> {
             let products =
                 call.q.head(item, query, head, head_dim).iter().zip(call.k.head(item, key, kv_head, head_dim));
             let dot: f64 = products.map(|(&q, &k)| f64::from(q) * f64::from(k)).sum();
-            let bias =
-                call.bias.map_or(0.0, |Bias { data, strides: [b, h, q] }| data[item * b + head * h + query * q + key]);
+            let bias = call.bias.map_or(0.0, |bias| bias.data[bias.start(item, head, query) + key]);
             dot * f64::from(call.scale) + f64::from(bias)
         };
         let scores: Vec<f64> = (0..keys).map(|key| if sees(key) { score(key) } else { f64::NEG_INFINITY }).collect();
@@ -1150,7 +1159,7 @@ mod tests {
             let valid = [(0..n / 2).collect(), (n - 7..n).collect(), (0..n).step_by(3).collect(), vec![]];
             for pattern in [Pattern::Full, Pattern::Causal, Pattern::Sliding(4)] {
                 let bias = noise(2 * queries * keys, 3);
-                let bias = Bias { data: &bias, strides: [0, queries * keys, keys] };
+                let bias = Bias { data: &bias, strides: [0, queries * keys, keys], which: None };
                 for bias in [None, Some(bias)] {
                     check([4, 2, 2, queries, keys, 24], pattern, Some(&valid), bias, 0.5);
                 }
@@ -1163,8 +1172,11 @@ mod tests {
         let bias = noise(2 * 3 * 50 * 131, 4);
         for (queries, keys) in [(1, 131), (4, 9), (50, 131), (16, 48), (33, 50)] {
             for strides in [[0, 0, 0], [0, keys, 0], [0, 0, keys], [3 * queries * keys, queries * keys, keys]] {
-                check([2, 3, 1, queries, keys, 8], Pattern::Full, None, Some(Bias { data: &bias, strides }), 0.5);
-                check([2, 3, 3, queries, keys, 17], Pattern::Causal, None, Some(Bias { data: &bias, strides }), 0.5);
+                let own = Bias { data: &bias, strides, which: None };
+                for bias in [own, Bias { which: Some(&[1, 1]), ..own }, Bias { which: Some(&[1, 0]), ..own }] {
+                    check([2, 3, 1, queries, keys, 8], Pattern::Full, None, Some(bias), 0.5);
+                    check([2, 3, 3, queries, keys, 17], Pattern::Causal, None, Some(bias), 0.5);
+                }
             }
         }
     }
@@ -1187,7 +1199,7 @@ mod tests {
                     [1, 2, 1, queries, keys, 16],
                     Pattern::Full,
                     None,
-                    Some(Bias { data: &bias, strides: [0; 3] }),
+                    Some(Bias { data: &bias, strides: [0; 3], which: None }),
                     0.25,
                 );
             }
