@@ -36,11 +36,7 @@ impl RowIndex {
     ///
     /// # Errors
     /// When there are more or fewer, or a row does not exist.
-    pub fn new(
-        source: usize,
-        shape: (usize, usize),
-        rows: impl IntoIterator<Item = Option<usize>>,
-    ) -> Result<Self> {
+    pub fn new(source: usize, shape: (usize, usize), rows: impl IntoIterator<Item = Option<usize>>) -> Result<Self> {
         let number = |row: Option<usize>| match row {
             None => Ok(ZEROS),
             Some(row) if row < source.min(ZEROS as usize) => Ok(row as u32),

@@ -954,11 +954,14 @@ mod tests {
     fn picked_rows_equal_a_copy_of_them() {
         let (n, k, rows) = (70, K_BLOCK + 33, 9);
         let (a, weights, residual) = (numbers(rows * k, 1), numbers(n * k, 2), numbers(40 * n, 3));
-        let epilogue =
-            Epilogue { residual: Some(Rows::contiguous(&residual, n)), bias: Some(&weights[..n]), ..Epilogue::default() };
+        let epilogue = Epilogue {
+            residual: Some(Rows::contiguous(&residual, n)),
+            bias: Some(&weights[..n]),
+            ..Epilogue::default()
+        };
         let index: Vec<u32> = (0..40).map(|i| if i % 5 == 3 { ZEROS } else { i * 7 % rows as u32 }).collect();
         let zeros = vec![0.0; k];
-        let row = |row: &u32| if *row == ZEROS { &zeros } else { &a[*row as usize * k..][..k] };
+        let row = |row: &u32| if *row == ZEROS { &zeros[..] } else { &a[*row as usize * k..][..k] };
         let copied: Vec<f32> = index.iter().flat_map(row).copied().collect();
         for isa in Isa::available() {
             let packed = PackedMatrix::pack_for(isa, Weights::F32(&weights), n, k).unwrap();
@@ -970,7 +973,8 @@ mod tests {
                 assert_eq!(found, product(Rows::contiguous(&copied, k), m, &packed, &epilogue), "{isa}");
             }
             let mut out = vec![MaybeUninit::new(0.0); n];
-            let beyond = matmul_picked(Rows::contiguous(&a, k), &[rows as u32], &packed, &Epilogue::default(), &mut out);
+            let beyond =
+                matmul_picked(Rows::contiguous(&a, k), &[rows as u32], &packed, &Epilogue::default(), &mut out);
             assert!(beyond.unwrap_err().to_string().starts_with('A'));
         }
     }
