@@ -295,14 +295,7 @@ impl Linear {
     fn picked(&self, x: &Tensor, index: &RowIndex, residual: Option<&Tensor>) -> Result<Tensor> {
         self.check(x)?;
         index.width_of(x)?;
-        let native = match &self.weight {
-            Weight::Packed { matrix, bias } => match &**matrix {
-                Matrix::Native(matrix) => Some((matrix, bias)),
-                Matrix::Quantized(_) => None,
-            },
-            Weight::Plain { .. } => None,
-        };
-        let Some((matrix, bias)) = native else {
+        let (Weight::Packed { bias, .. }, Some(matrix)) = (&self.weight, self.packed()) else {
             let x = gather(x, index)?;
             return residual.map_or_else(|| self.forward(&x), |residual| self.forward_add(&x, residual));
         };

@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use roofbench_core::classify::label_count;
+use roofbench_core::config::{self, invalid};
 use roofbench_core::cost::{self, Cost, Norm, PhaseCost};
 use roofbench_core::inputs::Inputs;
 use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Result, Session, SessionError, Tensors};
@@ -33,8 +34,8 @@ pub const CLASSES: &[&str] =
 /// From names in published checkpoints to those of the class.
 pub(crate) const ALIASES: &[AliasRule] = &[
     // a base model from a checkpoint with a head
-    AliasRule { pattern: r"^classifier\.", replacement: None, applies: AliasScope::Base },
-    AliasRule { pattern: r"^convnext(v2)?\.", replacement: Some(""), applies: AliasScope::Base },
+    AliasRule::drop(r"^classifier\.", AliasScope::Base),
+    AliasRule::rename(r"^convnext(v2)?\.", "", AliasScope::Base),
 ];
 
 /// Of every norm but the last, whatever the config says.
@@ -112,26 +113,22 @@ impl ConvNextConfig {
     /// Names the field that is missing or malformed, or contradicts another.
     pub fn from_spec(spec: &ModelSpec) -> Result<Self, SessionError> {
         let cfg: Self = spec.parse_config()?;
-        let invalid = |field: &str, reason: String| Err(SessionError::Config { field: field.to_owned(), reason });
         for (field, numbers) in [("hidden_sizes", &cfg.hidden_sizes), ("depths", &cfg.depths)] {
             if numbers.len() != cfg.num_stages {
-                return invalid(field, format!("has {} numbers for num_stages = {}", numbers.len(), cfg.num_stages));
+                let reason = format!("has {} numbers for num_stages = {}", numbers.len(), cfg.num_stages);
+                return Err(invalid(field, reason));
             }
         }
-        let single = [
+        config::sizes(&[
             ("num_stages", cfg.num_stages),
             ("num_channels", cfg.num_channels),
             ("patch_size", cfg.patch_size.height),
             ("patch_size", cfg.patch_size.width),
-        ];
-        let of_stages = cfg.hidden_sizes.iter().map(|size| ("hidden_sizes", *size));
-        let of_stages = of_stages.chain(cfg.depths.iter().map(|depth| ("depths", *depth)));
-        // far beyond any model, and the product of three still fits 64 bits
-        const LARGEST: usize = 1 << 20;
-        match single.into_iter().chain(of_stages).find(|(_, size)| !(1..=LARGEST).contains(size)) {
-            Some((field, size)) => invalid(field, format!("{size} is not in 1..={LARGEST}")),
-            None => Ok(cfg),
-        }
+        ])?;
+        config::sizes(&cfg.hidden_sizes.iter().map(|size| ("hidden_sizes", *size)).collect::<Vec<_>>())?;
+        config::sizes(&cfg.depths.iter().map(|depth| ("depths", *depth)).collect::<Vec<_>>())?;
+        config::not_negative(&[("layer_norm_eps", cfg.layer_norm_eps)])?;
+        Ok(cfg)
     }
 
     /// Width of the last stage.
@@ -278,13 +275,7 @@ impl Kind {
             "ConvNextForImageClassification" => (Version::One, labels()?),
             "ConvNextV2Model" => (Version::Two, None),
             "ConvNextV2ForImageClassification" => (Version::Two, labels()?),
-            _ => {
-                return Err(SessionError::UnsupportedClass {
-                    family: spec.family.clone(),
-                    class: spec.class.clone(),
-                    supported: CLASSES.join(", "),
-                });
-            }
+            _ => return Err(config::unsupported_class(spec, CLASSES)),
         };
         Ok(Self { version, labels })
     }

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use roofbench_core::classify::label_count;
+use roofbench_core::config::{self, invalid};
 use roofbench_core::cost::{self, Cost, Norm, PhaseCost};
 use roofbench_core::inputs::{Inputs, zero_or_one};
 use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Result, Session, SessionError, Tensors};
@@ -36,21 +37,13 @@ pub const CLASSES: &[&str] = &["SwinModel", "SwinForImageClassification", "SwinF
 /// From names in published checkpoints to those of the class.
 pub(crate) const ALIASES: &[AliasRule] = &[
     // it follows from the window size
-    AliasRule {
-        pattern: r"\.attention\.self\.relative_position_index$",
-        replacement: None,
-        applies: AliasScope::Always,
-    },
+    AliasRule::drop(r"\.attention\.self\.relative_position_index$", AliasScope::Always),
     // a base model from a checkpoint with a head
-    AliasRule { pattern: r"^(classifier|decoder)\.", replacement: None, applies: AliasScope::Base },
-    AliasRule { pattern: r"^swin\.", replacement: Some(""), applies: AliasScope::Base },
-    AliasRule { pattern: r"^embeddings\.mask_token$", replacement: None, applies: AliasScope::Base },
+    AliasRule::drop(r"^(classifier|decoder)\.", AliasScope::Base),
+    AliasRule::rename(r"^swin\.", "", AliasScope::Base),
+    AliasRule::drop(r"^embeddings\.mask_token$", AliasScope::Base),
     // a class with a head from a checkpoint saved by the base model
-    AliasRule {
-        pattern: r"^(embeddings|encoder|layernorm)\.",
-        replacement: Some("swin.$1."),
-        applies: AliasScope::Head,
-    },
+    AliasRule::rename(r"^(embeddings|encoder|layernorm)\.", "swin.$1.", AliasScope::Head),
 ];
 
 /// Of the norms behind the patches and of merged ones, whatever the config says.
@@ -162,45 +155,38 @@ impl SwinConfig {
     /// # Errors
     /// Names the field that does not.
     pub fn check(&self) -> Result<(), SessionError> {
-        let invalid = |field: &str, reason: String| Err(SessionError::Config { field: field.to_owned(), reason });
-        // far beyond any model, and the product of three still fits 64 bits
-        const LARGEST: usize = 1 << 20;
-        let (stages, most) = (self.depths.len(), LARGEST.ilog2() as usize);
-        if !(1..=most).contains(&stages) {
-            return invalid("depths", format!("has {stages} numbers, one a stage; 1 to {most} are possible"));
+        const MOST_STAGES: usize = 16;
+        let stages = self.depths.len();
+        if !(1..=MOST_STAGES).contains(&stages) {
+            let reason = format!("has {stages} numbers, one a stage; 1 to {MOST_STAGES} are possible");
+            return Err(invalid("depths", reason));
         }
         if self.num_heads.len() != stages {
-            return invalid("num_heads", format!("has {} numbers, depths has {stages}", self.num_heads.len()));
+            return Err(invalid("num_heads", format!("has {} numbers, depths has {stages}", self.num_heads.len())));
         }
-        let single = [
+        config::sizes(&[
             ("image_size", self.image_size.height),
             ("image_size", self.image_size.width),
             ("patch_size", self.patch_size.height),
             ("patch_size", self.patch_size.width),
             ("num_channels", self.num_channels),
             ("embed_dim", self.embed_dim),
-            ("embed_dim", self.features()),
             ("encoder_stride", self.encoder_stride),
-        ];
-        let of_stages =
-            self.depths.iter().map(|n| ("depths", *n)).chain(self.num_heads.iter().map(|n| ("num_heads", *n)));
-        if let Some((field, size)) = single.into_iter().chain(of_stages).find(|(_, n)| !(1..=LARGEST).contains(n)) {
-            return invalid(field, format!("{size} is not in 1..={LARGEST}"));
-        }
+        ])?;
+        config::not_negative(&[("layer_norm_eps", self.layer_norm_eps)])?;
         // the biases of a window's pairs have to fit memory
         if !(1..=256).contains(&self.window_size) {
-            return invalid("window_size", format!("{} is not in 1..=256", self.window_size));
+            return Err(invalid("window_size", format!("{} is not in 1..=256", self.window_size)));
         }
-        if !(0..stages).all(|stage| (1..=LARGEST).contains(&self.inner(stage))) {
-            return invalid("mlp_ratio", format!("{} gives a width that is not in 1..={LARGEST}", self.mlp_ratio));
-        }
-        match (0..stages).find(|stage| !self.width(*stage).is_multiple_of(self.num_heads[*stage])) {
-            Some(stage) => {
-                let (width, heads) = (self.width(stage), self.num_heads[stage]);
-                invalid("num_heads", format!("{heads} does not divide {width}, the width of stage {}", stage + 1))
+        for (stage, (depth, heads)) in self.depths.iter().zip(&self.num_heads).enumerate() {
+            config::sizes(&[("depths", *depth), ("num_heads", *heads), ("embed_dim", self.width(stage))])?;
+            config::sizes(&[("mlp_ratio", self.inner(stage))])?;
+            if !self.width(stage).is_multiple_of(*heads) {
+                let reason = format!("{heads} does not divide {}, the width of stage {}", self.width(stage), stage + 1);
+                return Err(invalid("num_heads", reason));
             }
-            None => Ok(()),
         }
+        Ok(())
     }
 
     /// Width of the last stage.
@@ -668,11 +654,7 @@ impl HeadKind {
             "SwinModel" => Ok(Self::Pooler),
             "SwinForImageClassification" => Ok(Self::Classifier { labels: label_count(&spec.config)? }),
             "SwinForMaskedImageModeling" => Ok(Self::Pixels),
-            _ => Err(SessionError::UnsupportedClass {
-                family: spec.family.clone(),
-                class: spec.class.clone(),
-                supported: CLASSES.join(", "),
-            }),
+            _ => Err(config::unsupported_class(spec, CLASSES)),
         }
     }
 }
@@ -989,7 +971,7 @@ mod tests {
             (json!({"num_heads": [1, 3]}), "config.json: `num_heads`: 3 does not divide 8, the width of stage 2"),
             (json!({"num_heads": [0, 1]}), "config.json: `num_heads`: 0 is not in"),
             (json!({"window_size": 0}), "config.json: `window_size`: 0 is not in"),
-            (json!({"mlp_ratio": -1.0}), "config.json: `mlp_ratio`: -1 gives a width"),
+            (json!({"mlp_ratio": -1.0}), "config.json: `mlp_ratio`: 0 is not in"),
             (json!({"image_size": [4, 4, 4]}), "config.json: `image_size`: expected a number or [height, width]"),
             (json!({"hidden_act": "maxout"}), "config.json: `hidden_act`: activation `maxout` is not supported"),
         ] {
