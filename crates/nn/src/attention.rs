@@ -79,7 +79,7 @@ impl Mask {
     }
 
     /// A few biases of which each item of the batch takes one: item `i` the `which[i]`-th. Windows of an image share
-    /// theirs so.
+    /// theirs so. Quickest is a bias whose queries lie side by side: (biases, heads, keys, queries), transposed.
     ///
     /// # Shapes
     /// (biases, heads or 1, queries or 1, keys).
@@ -305,6 +305,7 @@ impl Attention {
         }
         let unit_rows = |x: &Tensor| if x.stride()[2] == 1 { Ok(x.clone()) } else { x.contiguous() };
         let bias = match mask.and_then(|mask| mask.bias.as_ref()) {
+            Some(bias) if bias.stride()[2..].contains(&1) => Some(bias.to_dtype(DType::F32)?),
             Some(bias) => Some(bias.to_dtype(DType::F32)?.contiguous()?),
             None => None,
         };
@@ -312,9 +313,10 @@ impl Attention {
         let bias = match &bias {
             Some((storage, layout)) => match &**storage {
                 Storage::Cpu(storage) => {
-                    let strides = [0, 1, 2].map(|d| if layout.dims()[d] == 1 { 0 } else { layout.stride()[d] });
+                    let strides = [0, 1, 2, 3].map(|d| if layout.dims()[d] == 1 { 0 } else { layout.stride()[d] });
+                    let data = storage.as_slice::<f32>()?.get(layout.start_offset()..).unwrap_or_default();
                     let which = mask.and_then(|mask| mask.which.as_deref());
-                    Some(kernel::Bias { data: op::elements(storage, layout)?, strides, which })
+                    Some(kernel::Bias { data, strides, which })
                 }
                 _ => bail!("attention: the bias is on {:?}, the queries on the CPU", q.device()),
             },
@@ -514,8 +516,11 @@ mod tests {
                     assert_paths_agree(&attention, [&q, &k, &v], Some(&mask.with_padding(&left)?))?;
                 }
                 let biases = Tensor::randn(0f32, 1.0, (2, heads, seq, seq), cpu)?;
-                let mask = Mask::additive_choice(&biases, [1u32, 0, 1])?;
-                assert_paths_agree(&attention, [&q, &k, &v], Some(&mask))?;
+                let heads_last = biases.permute((0, 2, 3, 1))?.contiguous()?;
+                for biases in [&biases, &biases.transpose(2, 3)?, &heads_last.permute((0, 3, 1, 2))?] {
+                    let mask = Mask::additive_choice(biases, [1u32, 0, 1])?;
+                    assert_paths_agree(&attention, [&q, &k, &v], Some(&mask))?;
+                }
             }
         }
         Ok(())

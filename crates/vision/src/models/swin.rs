@@ -413,8 +413,8 @@ fn window_biases(table: &Tensor, size: usize, shift: usize) -> Result<Tensor> {
                 .map(|(seam, at)| seam && at >= size - shift)
         };
         for table in &by_head {
-            for query in 0..area {
-                values.extend((0..area).map(|key| {
+            for key in 0..area {
+                values.extend((0..area).map(|query| {
                     let row = query / size + size - 1 - key / size;
                     let column = query % size + size - 1 - key % size;
                     table[row * distances + column] + if side(query) == side(key) { 0.0 } else { APART }
@@ -422,7 +422,8 @@ fn window_biases(table: &Tensor, size: usize, shift: usize) -> Result<Tensor> {
             }
         }
     }
-    Tensor::from_vec(values, (biases, by_head.len(), area, area), table.device())
+    // attention reads the queries of a key in vectors
+    Tensor::from_vec(values, (biases, by_head.len(), area, area), table.device())?.transpose(2, 3)
 }
 
 struct Layer {
