@@ -99,9 +99,7 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
         ("vit", Engine::Roofbench) => Ok(Box::new(vit::ViTModel::load(spec, vb)?)),
         ("vit", Engine::CandleTransformers) => Ok(Box::new(upstream::StockViT::load(spec, vb)?)),
         ("convnext", Engine::Roofbench) => Ok(Box::new(convnext::ConvNextModel::load(spec, vb)?)),
-        ("convnext", Engine::CandleTransformers) => {
-            Err(unsupported_engine("convnext", "candle-transformers has ConvNeXt under timm's names of weights alone"))
-        }
+        ("convnext", Engine::CandleTransformers) => Ok(Box::new(upstream::convnext::StockConvNext::load(spec, vb)?)),
         ("swin", Engine::Roofbench) => Ok(Box::new(swin::SwinModel::load(spec, vb)?)),
         ("swin", Engine::CandleTransformers) => Err(unsupported_engine("swin", "candle-transformers has no Swin")),
         (family, _) => Err(unknown_family(family)),

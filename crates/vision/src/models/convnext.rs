@@ -132,7 +132,7 @@ impl ConvNextConfig {
     }
 
     /// Width of the last stage.
-    fn features(&self) -> usize {
+    pub(super) fn features(&self) -> usize {
         self.hidden_sizes.last().copied().unwrap_or_default()
     }
 
@@ -147,11 +147,21 @@ impl ConvNextConfig {
 
 /// Which of the two.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Version {
+pub(super) enum Version {
     /// Layer scales.
     One,
     /// Response norms.
     Two,
+}
+
+impl Version {
+    /// Of names in a checkpoint with a head.
+    pub(super) fn prefix(self) -> &'static str {
+        match self {
+            Self::One => "convnext",
+            Self::Two => "convnextv2",
+        }
+    }
 }
 
 struct Embeddings {
@@ -261,14 +271,14 @@ impl Stage {
 
 /// What a class is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Kind {
-    version: Version,
+pub(super) struct Kind {
+    pub(super) version: Version,
     /// Of the classifier, if there is one.
-    labels: Option<usize>,
+    pub(super) labels: Option<usize>,
 }
 
 impl Kind {
-    fn of(spec: &ModelSpec) -> Result<Self, SessionError> {
+    pub(super) fn of(spec: &ModelSpec) -> Result<Self, SessionError> {
         let labels = || label_count(&spec.config).map(Some);
         let (version, labels) = match spec.class.as_str() {
             "ConvNextModel" => (Version::One, None),
@@ -305,8 +315,7 @@ impl ConvNextModel {
         let (base, classifier) = match kind.labels {
             None => (vb, None),
             Some(labels) => {
-                let prefix = if kind.version == Version::One { "convnext" } else { "convnextv2" };
-                (vb.pp(prefix), Some(Linear::load(features, labels, true, vb.pp("classifier"))?))
+                (vb.pp(kind.version.prefix()), Some(Linear::load(features, labels, true, vb.pp("classifier"))?))
             }
         };
         let stage = |i: usize| Stage::load(&cfg, kind.version, i, base.pp(format!("encoder.stages.{i}")));
@@ -339,15 +348,15 @@ impl ConvNextModel {
 }
 
 /// The arguments of `forward`, checked.
-struct Pixels<'a> {
+pub(super) struct Pixels<'a> {
     /// (batch, channels, height, width)
-    values: &'a Tensor,
+    pub(super) values: &'a Tensor,
     /// Rows and columns of each stage.
     grids: Vec<[usize; 2]>,
 }
 
 impl<'a> Pixels<'a> {
-    fn read(cfg: &ConvNextConfig, call: &'a Call) -> Result<Self, SessionError> {
+    pub(super) fn read(cfg: &ConvNextConfig, call: &'a Call) -> Result<Self, SessionError> {
         let inputs = Inputs::forward(call, &["pixel_values"], &[])?;
         let values = inputs.pictures("pixel_values", cfg.num_channels)?;
         let (_, _, height, width) = values.dims4()?;
@@ -379,7 +388,7 @@ impl Session for ConvNextModel {
 }
 
 /// FLOPs and bytes of one forward pass. Layer scales are in the weights before it begins.
-fn forward_cost(
+pub(super) fn forward_cost(
     cfg: &ConvNextConfig,
     kind: Kind,
     pixels: &Pixels,
