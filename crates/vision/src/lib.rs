@@ -64,15 +64,17 @@ pub use roofbench_core::session::{
 pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, WeightsError};
 pub use serde_json;
 
-use models::{upstream, vit};
+use models::{convnext, swin, upstream, vit};
 
 /// The families of the catalog that this crate runs.
-pub const FAMILIES: &[&str] = &["vit"];
+pub const FAMILIES: &[&str] = &["vit", "convnext", "swin"];
 
 /// The `transformers` classes of `family` that run; none for a family that is not one of [`FAMILIES`].
 pub fn classes(family: &str) -> &'static [&'static str] {
     match family {
         "vit" => vit::CLASSES,
+        "convnext" => convnext::CLASSES,
+        "swin" => swin::CLASSES,
         _ => &[],
     }
 }
@@ -81,6 +83,8 @@ pub fn classes(family: &str) -> &'static [&'static str] {
 pub fn aliases(family: &str) -> &'static [AliasRule] {
     match family {
         "vit" => vit::ALIASES,
+        "convnext" => convnext::ALIASES,
+        "swin" => swin::ALIASES,
         _ => &[],
     }
 }
@@ -94,6 +98,10 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
     match (spec.family.as_str(), spec.engine) {
         ("vit", Engine::Roofbench) => Ok(Box::new(vit::ViTModel::load(spec, vb)?)),
         ("vit", Engine::CandleTransformers) => Ok(Box::new(upstream::StockViT::load(spec, vb)?)),
+        ("convnext", Engine::Roofbench) => Ok(Box::new(convnext::ConvNextModel::load(spec, vb)?)),
+        ("convnext", Engine::CandleTransformers) => Ok(Box::new(upstream::convnext::StockConvNext::load(spec, vb)?)),
+        ("swin", Engine::Roofbench) => Ok(Box::new(swin::SwinModel::load(spec, vb)?)),
+        ("swin", Engine::CandleTransformers) => Err(unsupported_engine("swin", "candle-transformers has no Swin")),
         (family, _) => Err(unknown_family(family)),
     }
 }
@@ -115,8 +123,11 @@ pub fn processor(family: &str, configs: &BTreeMap<String, Value>) -> Result<Box<
 }
 
 fn unknown_family(family: &str) -> SessionError {
-    let reason = format!("is no vision family here; supported: {}", FAMILIES.join(", "));
-    SessionError::UnsupportedEngine { family: family.to_owned(), reason }
+    unsupported_engine(family, &format!("is no vision family here; supported: {}", FAMILIES.join(", ")))
+}
+
+fn unsupported_engine(family: &str, reason: &str) -> SessionError {
+    SessionError::UnsupportedEngine { family: family.to_owned(), reason: reason.to_owned() }
 }
 
 #[cfg(test)]

@@ -46,11 +46,12 @@ use std::sync::OnceLock;
 
 use half::{bf16, f16};
 
-use super::conv::Windows;
+use super::conv::{Windows, copy, zero};
 use super::isa::Isa;
 use super::simd::{Kernel, Simd, simd_entry};
 use super::{KernelError, math};
 use crate::activation::Activation;
+use crate::gather::ZEROS;
 use crate::memory::Buffer;
 use crate::pool;
 
@@ -410,8 +411,33 @@ pub fn matmul(
     out: &mut [MaybeUninit<f32>],
 ) -> Result<(), KernelError> {
     check_lengths(a, m, w.n, w.k, epilogue, out.len())?;
+    product(Source::Rows(a), m, w, epilogue, out);
+    Ok(())
+}
+
+/// The same of the rows of A that `index` names, zeros for [`ZEROS`]; a tile of them at a time is copied together beside
+/// the micro-kernel.
+///
+/// # Errors
+/// As for [`matmul`].
+pub(crate) fn matmul_picked(
+    a: Rows<'_>,
+    index: &[u32],
+    w: &PackedMatrix,
+    epilogue: &Epilogue<'_>,
+    out: &mut [MaybeUninit<f32>],
+) -> Result<(), KernelError> {
+    let last = index.iter().filter(|row| **row != ZEROS).max();
+    a.check("A", last.map_or(0, |row| *row as usize + 1), w.k)?;
+    check_result(index.len(), w.n, epilogue, out.len())?;
+    product(Source::Picked(a, index), index.len(), w, epilogue, out);
+    Ok(())
+}
+
+/// C of checked lengths, on the pool.
+fn product(a: Source<'_>, m: usize, w: &PackedMatrix, epilogue: &Epilogue<'_>, out: &mut [MaybeUninit<f32>]) {
     if out.is_empty() {
-        return Ok(());
+        return;
     }
     let rounded;
     let a = match w.panels {
@@ -425,12 +451,11 @@ pub fn matmul(
     let c = SendPtr(out.as_mut_ptr().cast::<f32>());
     pool::run(grid.tasks(), |task| {
         let (rows, panels) = grid.task(task);
-        let (a, c) = (Source::Rows(a), c.get());
+        let c = c.get();
         let block = Block { a, c, c_stride: w.n, rows, panels, epilogue, activation_last: false };
-        // SAFETY: the lengths were checked above, and tasks write disjoint parts of C.
+        // SAFETY: the lengths were checked by the caller, and tasks write disjoint parts of C.
         unsafe { w.multiply(&block) }
     });
-    Ok(())
 }
 
 /// Rows of A rounded to bf16, as pairs in the bits of an f32 each.
@@ -490,6 +515,11 @@ pub(super) fn check_lengths(
     out: usize,
 ) -> Result<(), KernelError> {
     a.check("A", m, k)?;
+    check_result(m, n, epilogue, out)
+}
+
+/// C (of length `out`) and what the epilogue holds fit (m, n).
+fn check_result(m: usize, n: usize, epilogue: &Epilogue<'_>, out: usize) -> Result<(), KernelError> {
     KernelError::check("C", m.checked_mul(n), out)?;
     if let Some(bias) = epilogue.bias {
         KernelError::check("bias", Some(n), bias.len())?;
@@ -561,6 +591,8 @@ pub(super) enum Source<'a> {
     Rows(Rows<'a>),
     /// The windows of a convolution, gathered tile by tile.
     Windows(&'a Windows<'a>),
+    /// Those that the numbers name, gathered likewise.
+    Picked(Rows<'a>, &'a [u32]),
 }
 
 /// One task.
@@ -705,6 +737,20 @@ unsafe fn multiply<S: Simd, E: Element>(block: &Block<'_>, n: usize, k: usize, p
                         Source::Windows(windows) => {
                             let buffer: *mut f32 = gathered.0.as_mut_ptr().cast();
                             windows.gather::<S>(rows.clone(), steps.clone(), buffer);
+                            (buffer.cast_const(), steps.len())
+                        }
+                        Source::Picked(a, index) => {
+                            let buffer: *mut f32 = gathered.0.as_mut_ptr().cast();
+                            for (i, row) in index[rows.clone()].iter().enumerate() {
+                                let to = buffer.add(i * steps.len());
+                                match *row {
+                                    ZEROS => zero::<S>(to, steps.len()),
+                                    row => {
+                                        let from = a.data.as_ptr().add(row as usize * a.stride + steps.start);
+                                        copy::<S>(from, to, steps.len());
+                                    }
+                                }
+                            }
                             (buffer.cast_const(), steps.len())
                         }
                     };
@@ -1195,6 +1241,35 @@ mod tests {
                     assert_eq!(product(Rows { data: row, stride: k }, 1, &packed, &Epilogue::default()), alone);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn picked_rows_equal_a_copy_of_them() {
+        let (n, k, rows) = (70, K_BLOCK + 33, 9);
+        let (a, weights, residual) = (numbers(rows * k, 1), numbers(n * k, 2), numbers(40 * n, 3));
+        let epilogue = Epilogue {
+            residual: Some(Rows::contiguous(&residual, n)),
+            bias: Some(&weights[..n]),
+            ..Epilogue::default()
+        };
+        let index: Vec<u32> = (0..40).map(|i| if i % 5 == 3 { ZEROS } else { i * 7 % rows as u32 }).collect();
+        let zeros = vec![0.0; k];
+        let row = |row: &u32| if *row == ZEROS { &zeros[..] } else { &a[*row as usize * k..][..k] };
+        let copied: Vec<f32> = index.iter().flat_map(row).copied().collect();
+        for isa in Isa::available() {
+            let packed = PackedMatrix::pack_for(isa, Weights::F32(&weights), n, k).unwrap();
+            for m in [40, 1, 0] {
+                let mut out = vec![MaybeUninit::new(-1e30f32); m * n];
+                matmul_picked(Rows::contiguous(&a, k), &index[..m], &packed, &epilogue, &mut out).unwrap();
+                // SAFETY: all were initialised above.
+                let found: Vec<f32> = out.into_iter().map(|x| unsafe { x.assume_init() }).collect();
+                assert_eq!(found, product(Rows::contiguous(&copied, k), m, &packed, &epilogue), "{isa}");
+            }
+            let mut out = vec![MaybeUninit::new(0.0); n];
+            let beyond =
+                matmul_picked(Rows::contiguous(&a, k), &[rows as u32], &packed, &Epilogue::default(), &mut out);
+            assert!(beyond.unwrap_err().to_string().starts_with('A'));
         }
     }
 

@@ -3,6 +3,8 @@
 use candle_core::{DType, Device};
 use serde::Deserialize;
 
+pub mod convnext;
+pub mod swin;
 pub(crate) mod upstream;
 pub mod vit;
 

@@ -11,6 +11,8 @@ use roofbench_nn::activation::Activation;
 
 use super::vit::{HeadKind, Pixels, ViTConfig, forward_cost};
 
+pub(crate) mod convnext;
+
 /// `candle_transformers::models::vit`, which classifies pictures of one square size.
 pub(crate) struct StockViT {
     cfg: ViTConfig,
