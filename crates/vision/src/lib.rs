@@ -49,6 +49,7 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
+pub mod detection;
 pub mod image_io;
 pub mod models;
 pub mod preprocess;
@@ -64,15 +65,17 @@ pub use roofbench_core::session::{
 pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, WeightsError};
 pub use serde_json;
 
-use models::{upstream, vit};
+use models::{detr, resnet, upstream, vit};
 
 /// The families of the catalog that this crate runs.
-pub const FAMILIES: &[&str] = &["vit"];
+pub const FAMILIES: &[&str] = &["vit", "resnet", "detr"];
 
 /// The `transformers` classes of `family` that run; none for a family that is not one of [`FAMILIES`].
 pub fn classes(family: &str) -> &'static [&'static str] {
     match family {
         "vit" => vit::CLASSES,
+        "resnet" => resnet::CLASSES,
+        "detr" => detr::CLASSES,
         _ => &[],
     }
 }
@@ -81,6 +84,8 @@ pub fn classes(family: &str) -> &'static [&'static str] {
 pub fn aliases(family: &str) -> &'static [AliasRule] {
     match family {
         "vit" => vit::ALIASES,
+        "resnet" => resnet::ALIASES,
+        "detr" => detr::ALIASES,
         _ => &[],
     }
 }
@@ -94,6 +99,13 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
     match (spec.family.as_str(), spec.engine) {
         ("vit", Engine::Roofbench) => Ok(Box::new(vit::ViTModel::load(spec, vb)?)),
         ("vit", Engine::CandleTransformers) => Ok(Box::new(upstream::StockViT::load(spec, vb)?)),
+        ("resnet", Engine::Roofbench) => Ok(Box::new(resnet::ResNetModel::load(spec, vb)?)),
+        ("resnet", Engine::CandleTransformers) => Ok(Box::new(upstream::StockResNet::load(spec, vb)?)),
+        ("detr", Engine::Roofbench) => Ok(Box::new(detr::DetrModel::load(spec, vb)?)),
+        ("detr", Engine::CandleTransformers) => Err(SessionError::UnsupportedEngine {
+            family: spec.family.clone(),
+            reason: "candle-transformers has no such model; use the engine roofbench".to_owned(),
+        }),
         (family, _) => Err(unknown_family(family)),
     }
 }
@@ -111,7 +123,10 @@ pub fn processor(family: &str, configs: &BTreeMap<String, Value>) -> Result<Box<
         let reason = "the file is missing; the repository of a checkpoint has it beside config.json".to_owned();
         return Err(SessionError::Preprocessor { field: ".".to_owned(), reason });
     };
-    Ok(Box::new(preprocess::ImageProcessor::from_config(config, family)?))
+    Ok(match family {
+        "detr" => Box::new(detection::DetectionProcessor::from_config(config, family)?),
+        _ => Box::new(preprocess::ImageProcessor::from_config(config, family)?),
+    })
 }
 
 fn unknown_family(family: &str) -> SessionError {

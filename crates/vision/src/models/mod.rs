@@ -3,6 +3,8 @@
 use candle_core::{DType, Device};
 use serde::Deserialize;
 
+pub mod detr;
+pub mod resnet;
 pub(crate) mod upstream;
 pub mod vit;
 
