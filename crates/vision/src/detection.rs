@@ -280,9 +280,8 @@ fn segmented(call: &Outputs, fused: &[i64]) -> Result<Tensors, SessionError> {
             segments
         };
         let count = segments.len();
-        let integers = |of: fn(&Segment) -> i64| {
-            Tensor::from_vec(segments.iter().map(of).collect(), count, &Device::Cpu)
-        };
+        let integers =
+            |of: fn(&Segment) -> i64| Tensor::from_vec(segments.iter().map(of).collect(), count, &Device::Cpu);
         let scores: Vec<f32> = segments.iter().map(|segment| segment.score).collect();
         found.extend([
             (format!("id.{i}"), integers(|segment| segment.id.into())?),
@@ -322,8 +321,7 @@ fn segments(
     for (mask, kept) in masks.chunks_exact_mut(pixels).zip(kept) {
         mask.iter_mut().for_each(|probability| *probability *= kept.score);
     }
-    let best: Vec<usize> =
-        (0..pixels).map(|pixel| largest(masks[pixel..].iter().step_by(pixels).copied()).0).collect();
+    let best: Vec<usize> = (0..pixels).map(|pixel| largest(masks[pixel..].iter().step_by(pixels).copied()).0).collect();
     let (mut map, mut found, mut id) = (vec![0; pixels], Vec::new(), 0);
     let mut known: BTreeMap<i64, i32> = BTreeMap::new();
     for (k, (mask, kept)) in masks.chunks_exact(pixels).zip(kept).enumerate() {
@@ -415,7 +413,9 @@ mod tests {
         let sizes = message("object_detection", json!({"target_sizes": [[1, 2], [3, 4]]}));
         assert!(sizes.starts_with("input `target_sizes`: is [[1, 2], [3, 4]], expected"), "{sizes}");
         assert!(message("object_detection", json!({"top_k": 3})).starts_with("input `top_k`: is not supported"));
-        assert!(message("object_detection", json!({"threshold": "high"})).starts_with("input `threshold`: is \"high\""));
+        assert!(
+            message("object_detection", json!({"threshold": "high"})).starts_with("input `threshold`: is \"high\"")
+        );
         assert!(message("keypoints", json!({})).starts_with("input `method`: `post_process_keypoints`"));
         let without = call("object_detection", &Tensors::new(), json!({})).err().map(|error| error.to_string());
         assert_eq!(without.unwrap_or_default(), "input `logits`: is missing");

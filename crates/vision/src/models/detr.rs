@@ -9,13 +9,14 @@ use std::f32::consts::TAU;
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use roofbench_core::classify::label_count;
+use roofbench_core::config;
 use roofbench_core::cost::{self, Cost, Norm, PhaseCost};
 use roofbench_core::inputs::Inputs;
 use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Result, Session, SessionError, Tensors};
 use roofbench_core::weights::{AliasRule, AliasScope};
 use roofbench_nn::activation::Activation;
 use roofbench_nn::attention::{Attention, Mask, Pattern};
-use roofbench_nn::conv::{Conv2d, Conv2dConfig, to_channels_last};
+use roofbench_nn::conv::{Conv2d, Conv2dConfig};
 use roofbench_nn::kernels::isa;
 use roofbench_nn::linear::Linear;
 use roofbench_nn::mlp::Mlp;
@@ -33,18 +34,17 @@ pub const CLASSES: &[&str] = &["DetrModel", "DetrForObjectDetection", "DetrForSe
 /// From names in published checkpoints to those of the class.
 pub(crate) const ALIASES: &[AliasRule] = &[
     // the batch norms are frozen
-    AliasRule { pattern: r"\.num_batches_tracked$", replacement: None, applies: AliasScope::Always },
+    AliasRule::drop(r"\.num_batches_tracked$", AliasScope::Always),
     // a `timm` backbone inside of `transformers.TimmBackbone`
-    AliasRule { pattern: r"\._backbone\.", replacement: Some("."), applies: AliasScope::Always },
+    AliasRule::rename(r"\._backbone\.", ".", AliasScope::Always),
     // a detector from a checkpoint for segmentation
-    AliasRule { pattern: r"^(mask_head|bbox_attention)\.", replacement: None, applies: DETECTOR },
-    AliasRule { pattern: r"^detr\.", replacement: Some(""), applies: DETECTOR },
+    AliasRule::drop(r"^(mask_head|bbox_attention)\.", DETECTOR),
+    AliasRule::rename(r"^detr\.", "", DETECTOR),
     // a base model from a checkpoint with a head
-    AliasRule { pattern: r"^(mask_head|bbox_attention)\.", replacement: None, applies: AliasScope::Base },
-    AliasRule { pattern: r"^(detr\.)?(class_labels_classifier|bbox_predictor)\.", replacement: None, applies: BASE },
-    AliasRule { pattern: r"^(detr\.)?model\.", replacement: Some(""), applies: BASE },
+    AliasRule::drop(r"^(mask_head|bbox_attention)\.", AliasScope::Base),
+    AliasRule::drop(r"^(detr\.)?(class_labels_classifier|bbox_predictor)\.", AliasScope::Base),
+    AliasRule::rename(r"^(detr\.)?model\.", "", AliasScope::Base),
 ];
-const BASE: AliasScope = AliasScope::Base;
 const DETECTOR: AliasScope = AliasScope::Class("DetrForObjectDetection");
 
 /// What every layer and group norm adds to the variance.
@@ -164,9 +164,7 @@ impl DetrConfig {
     /// Names the field that is missing or malformed, or contradicts another.
     pub fn from_spec(spec: &ModelSpec) -> Result<Self, SessionError> {
         let cfg: Self = spec.parse_config()?;
-        // far beyond any model, and the product of three still fits 64 bits
-        const LARGEST: usize = 1 << 20;
-        let sizes = [
+        config::sizes(&[
             ("num_channels", cfg.num_channels),
             ("num_queries", cfg.num_queries),
             ("encoder_layers", cfg.encoder_layers),
@@ -176,34 +174,26 @@ impl DetrConfig {
             ("decoder_ffn_dim", cfg.decoder_ffn_dim),
             ("decoder_attention_heads", cfg.decoder_attention_heads),
             ("d_model", cfg.d_model),
-        ];
-        if let Some((field, size)) = sizes.into_iter().find(|(_, size)| !(1..=LARGEST).contains(size)) {
-            return Err(invalid(field, format!("{size} is not in 1..={LARGEST}")));
-        }
-        let heads = [
-            ("encoder_attention_heads", cfg.encoder_attention_heads),
-            ("decoder_attention_heads", cfg.decoder_attention_heads),
-        ];
-        if let Some((field, heads)) = heads.into_iter().find(|(_, heads)| !cfg.d_model.is_multiple_of(*heads)) {
-            return Err(invalid("d_model", format!("{} is not a multiple of {field}, {heads}", cfg.d_model)));
-        }
+        ])?;
+        let width = ("d_model", cfg.d_model);
+        config::multiple(width, ("encoder_attention_heads", cfg.encoder_attention_heads))?;
+        config::multiple(width, ("decoder_attention_heads", cfg.decoder_attention_heads))?;
         // rows and columns have half of the width each, sines and cosines half of that
         if !cfg.d_model.is_multiple_of(4) {
-            return Err(invalid("d_model", format!("{} is not a multiple of 4", cfg.d_model)));
+            return Err(config::invalid("d_model", format!("{} is not a multiple of 4", cfg.d_model)));
         }
         Ok(cfg)
     }
 
     /// The backbone of `backbone_config`, or of the fields that older files have instead.
     fn backbone(&self, spec: &ModelSpec) -> Result<BackbonePlan, SessionError> {
-        let unsupported = |field: &str, value: &str, supported: &str| SessionError::UnsupportedConfig {
-            family: spec.family.clone(),
-            field: field.to_owned(),
-            value: value.to_owned(),
-            supported: supported.to_owned(),
+        let unsupported = |field: &str, value: &Value, supported: &[&str]| {
+            let supported: Vec<Value> = supported.iter().map(|value| Value::from(*value)).collect();
+            config::unsupported(spec, field, value, &supported)
         };
-        if let Some(kwargs) = self.backbone_kwargs.as_ref().filter(|kwargs| kwargs.as_object().is_none_or(|k| !k.is_empty())) {
-            return Err(unsupported("backbone_kwargs", &kwargs.to_string(), "none; backbone_config says the same"));
+        let is_empty = |kwargs: &&Value| kwargs.as_object().is_some_and(|kwargs| kwargs.is_empty());
+        if let Some(kwargs) = self.backbone_kwargs.as_ref().filter(|kwargs| !is_empty(kwargs)) {
+            return Err(unsupported("backbone_kwargs", kwargs, &["null, with the options in backbone_config"]));
         }
         let Some(config) = &self.backbone_config else {
             if self.use_timm_backbone == Some(false) {
@@ -214,9 +204,9 @@ impl DetrConfig {
             let stride = if self.dilation { Some(16) } else { None };
             let name = self.backbone.as_deref().unwrap_or("resnet50");
             return timm(name, self.num_channels, stride, vec![1, 2, 3, 4])
-                .ok_or_else(|| unsupported("backbone", name, TIMM));
+                .ok_or_else(|| unsupported("backbone", &name.into(), TIMM));
         };
-        let parse_error = |error: serde_json::Error| invalid("backbone_config", error.to_string());
+        let parse_error = |error: serde_json::Error| config::invalid("backbone_config", error.to_string());
         let backbone = BackboneConfig::deserialize(config).map_err(parse_error)?;
         let field = |field: &str| format!("backbone_config.{field}");
         match backbone.model_type.as_deref() {
@@ -227,7 +217,7 @@ impl DetrConfig {
                 let position = |name: &String| match name.strip_prefix("stage").map(str::parse) {
                     Some(Ok(stage)) if (1..=stages).contains(&stage) => Ok(stage),
                     _ if name == "stem" => Ok(0),
-                    _ => Err(invalid(&field("out_features"), format!("has `{name}`, which is no stage"))),
+                    _ => Err(config::invalid(&field("out_features"), format!("has `{name}`, which is no stage"))),
                 };
                 let features = match (&backbone.out_features, &backbone.out_indices) {
                     (Some(names), _) => names.iter().map(position).collect::<Result<_, _>>()?,
@@ -241,18 +231,17 @@ impl DetrConfig {
                 let features = from_indices(backbone.out_indices.as_deref().unwrap_or(&[-1]), 4)?;
                 if features.contains(&0) {
                     // timm gives the stem's map before its pooling
-                    let value = format!("{:?}", backbone.out_indices.unwrap_or_default());
-                    return Err(unsupported(&field("out_indices"), &value, "1 to 4"));
+                    return Err(unsupported(&field("out_indices"), &config["out_indices"], &["1 to 4"]));
                 }
                 if let Some(stride) = backbone.output_stride.filter(|stride| ![8, 16, 32].contains(stride)) {
-                    return Err(unsupported(&field("output_stride"), &stride.to_string(), "8, 16, 32"));
+                    return Err(unsupported(&field("output_stride"), &stride.into(), &["8", "16", "32"]));
                 }
                 let num_channels = backbone.num_channels.unwrap_or(3);
                 let plan = timm(name, num_channels, backbone.output_stride, features)
-                    .ok_or_else(|| unsupported(&field("backbone"), name, TIMM))?;
+                    .ok_or_else(|| unsupported(&field("backbone"), &name.into(), TIMM))?;
                 checked(plan)
             }
-            other => Err(unsupported(&field("model_type"), other.unwrap_or("none"), "resnet, timm_backbone")),
+            _ => Err(unsupported(&field("model_type"), &config["model_type"], &["resnet", "timm_backbone"])),
         }
     }
 
@@ -265,16 +254,13 @@ impl DetrConfig {
     }
 }
 
-fn invalid(field: &str, reason: String) -> SessionError {
-    SessionError::Config { field: field.to_owned(), reason }
-}
-
 /// Indices of maps as Python counts them, from the end where negative.
 fn from_indices(indices: &[i64], stages: usize) -> Result<Vec<usize>, SessionError> {
     let position = |&index: &i64| {
         let from_start = if index < 0 { index + stages as i64 + 1 } else { index };
         let position = usize::try_from(from_start).ok().filter(|position| *position <= stages);
-        position.ok_or_else(|| invalid("backbone_config.out_indices", format!("has {index}, which is no stage")))
+        position
+            .ok_or_else(|| config::invalid("backbone_config.out_indices", format!("has {index}, which is no stage")))
     };
     indices.iter().map(position).collect()
 }
@@ -283,13 +269,13 @@ fn from_indices(indices: &[i64], stages: usize) -> Result<Vec<usize>, SessionErr
 fn checked(plan: BackbonePlan) -> Result<BackbonePlan, SessionError> {
     if plan.features.is_empty() || !plan.features.is_sorted_by(|a, b| a < b) {
         let reason = format!("gives the maps {:?}, expected some in ascending order", plan.features);
-        return Err(invalid("backbone_config.out_features", reason));
+        return Err(config::invalid("backbone_config.out_features", reason));
     }
     Ok(plan)
 }
 
 /// Names that [`timm`] knows.
-const TIMM: &str = "resnet18, resnet26, resnet34, resnet50, resnet101, resnet152, each with any tag";
+const TIMM: &[&str] = &["resnet18", "resnet26", "resnet34", "resnet50", "resnet101", "resnet152"];
 
 /// A ResNet of `timm` without the stages that no map is taken of; what its tag says about training changes nothing.
 fn timm(name: &str, num_channels: usize, output_stride: Option<usize>, features: Vec<usize>) -> Option<BackbonePlan> {
@@ -561,8 +547,7 @@ impl Base {
             features: plan.features.clone(),
             backbone: ResNet::load(&plan.resnet, plan.naming, vb.pp("backbone.conv_encoder.model"))?,
             position_embedding: Positions::load(cfg, vb.pp("position_embedding"))?,
-            query_position_embeddings: query_position_embeddings
-                .to_dtype(activation_dtype(vb.dtype(), vb.device()))?,
+            query_position_embeddings: query_position_embeddings.to_dtype(activation_dtype(vb.dtype(), vb.device()))?,
             input_projection: Conv2d::load(channels, cfg.d_model, Conv2dConfig::new(1), true, projection)?,
             encoder: (0..cfg.encoder_layers).map(encoder_layer).collect::<Result<_>>()?,
             decoder: (0..cfg.decoder_layers).map(decoder_layer).collect::<Result<_>>()?,
@@ -729,11 +714,7 @@ impl MaskHead {
             let (features, attention) = (of_item(&features)?, attention.get(item)?);
             let adapted = adapted.iter().map(of_item).collect::<Result<Vec<_>>>()?;
             for query in 0..queries {
-                let x = self.first[1].forward_add(
-                    &attention.narrow(0, query, 1)?,
-                    &features,
-                    Activation::Identity,
-                )?;
+                let x = self.first[1].forward_add(&attention.narrow(0, query, 1)?, &features, Activation::Identity)?;
                 let x = self.first_norm.forward_act(&x, self.activation)?;
                 let mut x = self.second.forward(&x, self.activation)?;
                 for (adapted, stage) in adapted.iter().zip(&self.stages) {
@@ -748,12 +729,12 @@ impl MaskHead {
 
     /// Softmax over all tokens and heads of each query: (batch, queries, height, width, heads).
     fn attention(&self, outputs: &BaseOutputs) -> Result<Tensor> {
-        let (q, k) = (self.q_linear.forward(&outputs.last_hidden_state)?, self.k_linear.forward(&outputs.memory.states)?);
+        let (q, k) =
+            (self.q_linear.forward(&outputs.last_hidden_state)?, self.k_linear.forward(&outputs.memory.states)?);
         let ((batch, queries, width), (_, tokens, _)) = (q.dims3()?, k.dims3()?);
         let head_dim = width / self.heads;
-        let by_head = |x: &Tensor, rows: usize| {
-            x.reshape((batch, rows, self.heads, head_dim))?.transpose(1, 2)?.contiguous()
-        };
+        let by_head =
+            |x: &Tensor, rows: usize| x.reshape((batch, rows, self.heads, head_dim))?.transpose(1, 2)?.contiguous();
         // small beside the convolutions that follow
         let q = (by_head(&q, queries)? * (head_dim as f64).powf(-0.5))?;
         let scores = q.matmul(&by_head(&k, tokens)?.t()?)?; // (batch, heads, queries, tokens)
@@ -788,11 +769,7 @@ impl HeadKind {
             "DetrModel" => Ok(Self::Base),
             "DetrForObjectDetection" => Ok(Self::Detection { labels: labels? }),
             "DetrForSegmentation" => Ok(Self::Segmentation { labels: labels? }),
-            _ => Err(SessionError::UnsupportedClass {
-                family: spec.family.clone(),
-                class: spec.class.clone(),
-                supported: CLASSES.join(", "),
-            }),
+            _ => Err(config::unsupported_class(spec, CLASSES)),
         }
     }
 
@@ -803,17 +780,19 @@ impl HeadKind {
         }
         if plan.features.len() < 3 {
             let reason = format!("gives {} maps, masks need three", plan.features.len());
-            return Err(invalid("backbone_config.out_features", reason));
+            return Err(config::invalid("backbone_config.out_features", reason));
         }
         let (width, heads) = (cfg.d_model, cfg.encoder_attention_heads);
         if !(width + heads).is_multiple_of(GROUPS) {
             let reason = format!("{width} and encoder_attention_heads, {heads}, have no multiple of {GROUPS} as sum");
-            return Err(invalid("d_model", reason));
+            return Err(config::invalid("d_model", reason));
         }
         // maps of the mask head have that part of the width, normalised in groups
         let grouped = |channels: usize| channels > 0 && channels.is_multiple_of(GROUPS.min(channels));
         match [2, 4, 8, 16].into_iter().find(|part| !grouped(width / part)) {
-            Some(part) => Err(invalid("d_model", format!("{width} / {part} channels can't be cut into {GROUPS} groups"))),
+            Some(part) => {
+                Err(config::invalid("d_model", format!("{width} / {part} channels can't be cut into {GROUPS} groups")))
+            }
             None => Ok(()),
         }
     }
@@ -933,9 +912,8 @@ impl<'a> Pictures<'a> {
             return Ok(Valid { batch, size, pixels: vec![true; batch * height * width] });
         };
         let mask = mask.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-        let rows = (0..batch * height).map(|row| {
-            (row / height * from_height + nearest(row % height, from_height, height)) * from_width
-        });
+        let rows = (0..batch * height)
+            .map(|row| (row / height * from_height + nearest(row % height, from_height, height)) * from_width);
         let pixels = rows.flat_map(|row| (0..width).map(move |column| row + nearest(column, from_width, width)));
         Ok(Valid { batch, size, pixels: pixels.map(|pixel| mask[pixel] != 0.0).collect() })
     }
@@ -999,8 +977,7 @@ fn forward_cost(
     let sizes = plan.resnet.sizes([height, width]);
     let channels = plan.resnet.channels();
     let map = sizes[plan.last()].map(|n| n as u64);
-    let [items, d_model, queries, seq] =
-        [batch as u64, cfg.d_model as u64, cfg.num_queries as u64, map[0] * map[1]];
+    let [items, d_model, queries, seq] = [batch as u64, cfg.d_model as u64, cfg.num_queries as u64, map[0] * map[1]];
     let (tokens, objects) = (items * seq, items * queries);
 
     let linear = |rows, input, output| cost::linear(rows, input, output, true, bytes);
@@ -1011,7 +988,8 @@ fn forward_cost(
         let heads = heads as u64;
         let visible_pairs = cost::full_pairs(queries, keys);
         let head_dim = d_model / heads;
-        cost::Attention { batch: items, heads, kv_heads: heads, head_dim, queries, cached: 0, visible_pairs }.cost(bytes)
+        cost::Attention { batch: items, heads, kv_heads: heads, head_dim, queries, cached: 0, visible_pairs }
+            .cost(bytes)
     };
     let self_attention = |rows, seq, heads| {
         added(rows * d_model) // positions
@@ -1022,12 +1000,14 @@ fn forward_cost(
             + norm(rows)
     };
     let mlp = |rows, inner| {
-        linear(rows, d_model, inner) + act(rows * inner)
-            + linear(rows, inner, d_model) + added(rows * d_model)
+        linear(rows, d_model, inner)
+            + act(rows * inner)
+            + linear(rows, inner, d_model)
+            + added(rows * d_model)
             + norm(rows)
     };
-    let encoder_layer = self_attention(tokens, seq, cfg.encoder_attention_heads)
-        + mlp(tokens, cfg.encoder_ffn_dim as u64);
+    let encoder_layer =
+        self_attention(tokens, seq, cfg.encoder_attention_heads) + mlp(tokens, cfg.encoder_ffn_dim as u64);
     let decoder_layer = self_attention(objects, queries, cfg.decoder_attention_heads)
         + added(objects * d_model) // positions of the queries
         + linear(objects, d_model, d_model)
@@ -1059,8 +1039,7 @@ fn forward_cost(
 
 /// The part that makes masks; its maps are as large as the backbone's, `sizes`, and one for each query.
 fn mask_cost(cfg: &DetrConfig, plan: &BackbonePlan, sizes: &[[usize; 2]], items: u64, bytes: u64) -> Cost {
-    let [d_model, heads, queries] =
-        [cfg.d_model, cfg.encoder_attention_heads, cfg.num_queries].map(|n| n as u64);
+    let [d_model, heads, queries] = [cfg.d_model, cfg.encoder_attention_heads, cfg.num_queries].map(|n| n as u64);
     let maps = [plan.last(), plan.features[2], plan.features[1], plan.features[0]];
     let size = |map: usize| sizes[map].map(|n| n as u64);
     let pixels = |map: usize| size(map)[0] * size(map)[1];

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use roofbench_core::classify::label_count;
+use roofbench_core::config;
 use roofbench_core::cost::{self, Cost, PhaseCost};
 use roofbench_core::inputs::Inputs;
 use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Result, Session, SessionError, Tensors};
@@ -26,12 +27,12 @@ pub const CLASSES: &[&str] = &["ResNetModel", "ResNetForImageClassification"];
 /// From names in published checkpoints to those of the class.
 pub(crate) const ALIASES: &[AliasRule] = &[
     // integer counters of the batch norms
-    AliasRule { pattern: r"\.num_batches_tracked$", replacement: None, applies: AliasScope::Always },
+    AliasRule::drop(r"\.num_batches_tracked$", AliasScope::Always),
     // a base model from a checkpoint with a head
-    AliasRule { pattern: r"^classifier\.", replacement: None, applies: AliasScope::Base },
-    AliasRule { pattern: r"^resnet\.", replacement: Some(""), applies: AliasScope::Base },
+    AliasRule::drop(r"^classifier\.", AliasScope::Base),
+    AliasRule::rename(r"^resnet\.", "", AliasScope::Base),
     // a class with a head from a checkpoint saved by the base model
-    AliasRule { pattern: r"^(embedder|encoder)\.", replacement: Some("resnet.$1."), applies: AliasScope::Head },
+    AliasRule::rename(r"^(embedder|encoder)\.", "resnet.$1.", AliasScope::Head),
 ];
 
 /// What every batch norm adds to the variance.
@@ -101,23 +102,13 @@ impl ResNetConfig {
 
     /// Checks the sizes; `path` leads to this config in its file.
     pub(crate) fn check(&self, path: &str) -> Result<(), SessionError> {
-        let invalid = |field: &str, reason: String| {
-            Err(SessionError::Config { field: format!("{path}{field}"), reason })
-        };
-        // far beyond any model, and the product of three still fits 64 bits
-        const LARGEST: usize = 1 << 20;
-        let listed = |field: &'static str, sizes: &[usize]| {
-            sizes.iter().map(|size| (field, *size)).collect::<Vec<_>>()
-        };
-        let sizes = [
-            listed("num_channels", &[self.num_channels]),
-            listed("embedding_size", &[self.embedding_size]),
-            listed("hidden_sizes", &self.hidden_sizes),
-            listed("depths", &self.depths),
-        ];
-        if let Some((field, size)) = sizes.concat().into_iter().find(|(_, size)| !(1..=LARGEST).contains(size)) {
-            return invalid(field, format!("{size} is not in 1..={LARGEST}"));
-        }
+        let named = |field: &str| format!("{path}{field}");
+        let (sizes, depths) = (self.hidden_sizes.iter().copied(), self.depths.iter().copied());
+        let fields = [("num_channels", self.num_channels), ("embedding_size", self.embedding_size)].into_iter();
+        let fields = fields.chain(sizes.map(|size| ("hidden_sizes", size))).chain(depths.map(|n| ("depths", n)));
+        let fields: Vec<(String, usize)> = fields.map(|(field, size)| (named(field), size)).collect();
+        config::sizes(&fields.iter().map(|(field, size)| (field.as_str(), *size)).collect::<Vec<_>>())?;
+        let invalid = |field: &str, reason: String| Err(config::invalid(&named(field), reason));
         if self.depths.is_empty() {
             return invalid("depths", "is empty".to_owned());
         }
@@ -161,12 +152,8 @@ impl ResNetConfig {
 
     /// `dilation` is that of the first and of the second convolution of 3 x 3.
     fn block(&self, [input, output]: [usize; 2], stride: usize, dilation: [usize; 2]) -> BlockPlan {
-        let conv = |input, output, kernel, stride, dilation| ConvPlan {
-            channels: [input, output],
-            kernel,
-            stride,
-            dilation,
-        };
+        let conv =
+            |input, output, kernel, stride, dilation| ConvPlan { channels: [input, output], kernel, stride, dilation };
         let convolutions = match self.layer_type {
             LayerType::Basic => {
                 vec![conv(input, output, 3, stride, dilation[0]), conv(output, output, 3, 1, dilation[1])]
@@ -440,11 +427,7 @@ impl HeadKind {
         match spec.class.as_str() {
             "ResNetModel" => Ok(Self::Pooler),
             "ResNetForImageClassification" => Ok(Self::Classifier { labels: label_count(&spec.config)? }),
-            _ => Err(SessionError::UnsupportedClass {
-                family: spec.family.clone(),
-                class: spec.class.clone(),
-                supported: CLASSES.join(", "),
-            }),
+            _ => Err(config::unsupported_class(spec, CLASSES)),
         }
     }
 }
