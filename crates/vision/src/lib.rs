@@ -1,4 +1,4 @@
-//! Vision model families of roofbench: pictures in, labels and features out.
+//! Vision model families of roofbench: pictures in, labels, boxes, masks and features out.
 //!
 //! This crate deliberately does not know how a measurement is made, where a report goes, or any text: it prepares
 //! pictures as a checkpoint's own config says ([`preprocess`]), builds the model that config.json describes and puts it

@@ -1078,3 +1078,190 @@ fn mask_cost(cfg: &DetrConfig, plan: &BackbonePlan, sizes: &[[usize; 2]], items:
     }
     sum + conv(objects, maps[3], d_model / 16, 1, 3, true)
 }
+
+#[cfg(test)]
+mod tests {
+    use roofbench_core::session::{Engine, Unobserved};
+    use roofbench_core::weights::{HubOptions, Source, Weights, synthetic};
+    use serde_json::json;
+
+    use super::*;
+
+    fn spec(class: &str, changes: Value) -> ModelSpec {
+        let mut config = json!({
+            "d_model": 16, "num_queries": 3, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 6,
+            "decoder_ffn_dim": 6, "encoder_attention_heads": 8, "decoder_attention_heads": 2, "num_labels": 3,
+            "backbone_config": {
+                "model_type": "resnet", "embedding_size": 4, "hidden_sizes": [4, 4, 4, 8], "depths": [1, 1, 1, 1],
+                "layer_type": "basic", "out_features": ["stage1", "stage2", "stage3", "stage4"],
+            },
+        });
+        for (field, value) in changes.as_object().expect("an object") {
+            config[field] = value.clone();
+        }
+        ModelSpec {
+            family: "detr".into(),
+            class: class.into(),
+            config,
+            extra_configs: Default::default(),
+            dtype: DType::F32,
+            device: Device::Cpu,
+            engine: Engine::Roofbench,
+        }
+    }
+
+    fn call(shape: [usize; 4]) -> Call {
+        let pixel_values =
+            synthetic::tensor("input:pixel_values", &shape, 0, DType::F32, &Device::Cpu).expect("values");
+        Call { method: "forward".into(), inputs: [("pixel_values".into(), pixel_values)].into(), ..Call::default() }
+    }
+
+    fn model(spec: &ModelSpec) -> Result<DetrModel, SessionError> {
+        let weights = Weights::open(&Source::Synthetic { seed: 0 }, ALIASES, &spec.class, &HubOptions::from_env())?;
+        DetrModel::load(spec, weights.var_builder(spec.dtype, &spec.device))
+    }
+
+    fn message(class: &str, changes: Value) -> String {
+        let spec = spec(class, changes);
+        let checked = HeadKind::of(&spec).and_then(|kind| {
+            let cfg = DetrConfig::from_spec(&spec)?;
+            kind.check(&cfg, &cfg.backbone(&spec)?)
+        });
+        checked.err().map(|error| error.to_string()).unwrap_or_default()
+    }
+
+    #[test]
+    fn cost_of_detr_resnet_50() -> Result<(), SessionError> {
+        let spec = ModelSpec { config: json!({"num_labels": 91}), ..spec("DetrForObjectDetection", json!({})) };
+        let cfg = DetrConfig::from_spec(&spec)?;
+        let (plan, call) = (cfg.backbone(&spec)?, call([1, 3, 800, 1066]));
+        let pictures = Pictures::read(&cfg, &plan, &call)?;
+        let cost = forward_cost(&cfg, &plan, HeadKind::of(&spec)?, &pictures, DType::F32)?[0].cost;
+        // its parameters, and of each frozen norm the folded bias
+        assert_eq!(cost.weight_bytes, 4 * (41_524_768 + 26_560));
+        // the paper's table 1 has 86 billion multiply-adds, the mean over larger and smaller pictures
+        let ratio = cost.flops as f64 / 2.0 / 86e9;
+        assert!((0.9..1.0).contains(&ratio), "{ratio}");
+        Ok(())
+    }
+
+    #[test]
+    fn positions_by_hand() {
+        // 2 x 3 pixels, of which the right column does not exist; one wavelength and its cosine
+        let valid = Valid { batch: 1, size: [2, 3], pixels: vec![true, true, false, true, true, false] };
+        let found = sines(&[1.0, 1.0], &valid);
+        let pixel = |row: f32, column: f32| {
+            let angles = [row * TAU / (2.0 + 1e-6), column * TAU / (2.0 + 1e-6)];
+            angles.into_iter().flat_map(|angle| [angle.sin(), angle.cos()]).collect::<Vec<_>>()
+        };
+        let expected =
+            [pixel(1.0, 1.0), pixel(1.0, 2.0), pixel(0.0, 2.0), pixel(2.0, 1.0), pixel(2.0, 2.0), pixel(0.0, 2.0)];
+        for (found, expected) in found.iter().zip(expected.concat()) {
+            assert!((found - expected).abs() < 1e-5, "{found}, not {expected}");
+        }
+    }
+
+    #[test]
+    fn backbones_of_old_and_new_files() -> Result<(), SessionError> {
+        let plan = |config: Value| {
+            let spec = ModelSpec { config, ..spec("DetrModel", json!({})) };
+            DetrConfig::from_spec(&spec)?.backbone(&spec)
+        };
+        let dilated = plan(json!({"backbone": "resnet101.a1_in1k", "dilation": true}))?;
+        assert_eq!((dilated.naming, dilated.last()), (Naming::Timm, 4));
+        assert_eq!(dilated.resnet.sizes([64, 64])[4], [4, 4]);
+        let stem = json!({"backbone_config": {"model_type": "resnet", "out_indices": [0, -2]}});
+        let stem = plan(stem)?;
+        assert_eq!((stem.naming, stem.features.clone()), (Naming::Library, vec![0, 3]));
+        let timm =
+            json!({"model_type": "timm_backbone", "backbone": "resnet18", "out_indices": [2], "num_channels": 1});
+        let timm = plan(json!({"backbone_config": timm}))?;
+        // later stages are not in the checkpoint
+        assert_eq!((timm.resnet.channels(), timm.resnet.num_channels()), (vec![64, 64, 128], 1));
+        let default = plan(json!({"use_timm_backbone": false}))?;
+        assert_eq!((default.naming, default.features), (Naming::Library, vec![4]));
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_not_supported_is_named() {
+        assert_eq!(message("DetrForSegmentation", json!({})), "");
+        let backbone = |config: Value| json!({"backbone_config": config});
+        let timm = |field: &str, value: Value| {
+            let mut config =
+                json!({"model_type": "timm_backbone", "backbone": "resnet50", "out_indices": [1, 2, 3, 4]});
+            config[field] = value;
+            backbone(config)
+        };
+        let resnet = |field: &str, value: Value| {
+            let mut config = json!({"model_type": "resnet"});
+            config[field] = value;
+            backbone(config)
+        };
+        for (changes, start) in [
+            (json!({"d_model": 6}), "`d_model`: 6 is not a multiple of encoder_attention_heads, 8"),
+            (json!({"decoder_attention_heads": 3}), "`d_model`: 16 is not a multiple of decoder_attention_heads, 3"),
+            (json!({"num_queries": 0}), "`num_queries`: 0 is not in"),
+            (json!({"position_embedding_type": "rotary"}), "`position_embedding_type`: "),
+            (json!({"backbone_config": null, "backbone": "resnet50d"}), "`backbone` = \"resnet50d\" is not supported"),
+            (json!({"backbone_kwargs": {"out_indices": [1]}}), "`backbone_kwargs` = "),
+            (backbone(json!({"model_type": "swin"})), "`backbone_config.model_type` = \"swin\" is not supported"),
+            (timm("out_indices", json!([0, 4])), "`backbone_config.out_indices` = [0,4] is not supported"),
+            (timm("out_indices", json!([5])), "`backbone_config.out_indices`: has 5, which is no stage"),
+            (timm("output_stride", json!(4)), "`backbone_config.output_stride` = 4 is not supported"),
+            (timm("backbone", json!("vgg16")), "`backbone_config.backbone` = \"vgg16\" is not supported"),
+            (resnet("out_features", json!(["stage5"])), "`backbone_config.out_features`: has `stage5`"),
+            (
+                resnet("out_features", json!(["stage3", "stage2"])),
+                "`backbone_config.out_features`: gives the maps [3, 2]",
+            ),
+            (resnet("depths", json!([1])), "`backbone_config.hidden_sizes`: has 4 numbers, depths has 1"),
+        ] {
+            let found = message("DetrForObjectDetection", changes);
+            assert!(found.starts_with(&format!("config.json: {start}")), "{found}");
+        }
+        let few = message("DetrForSegmentation", resnet("out_indices", json!([4])));
+        assert!(few.starts_with("config.json: `backbone_config.out_features`: gives 1 maps"), "{few}");
+        let heads = message("DetrForSegmentation", json!({"encoder_attention_heads": 4}));
+        assert!(heads.starts_with("config.json: `d_model`: 16 and encoder_attention_heads, 4"), "{heads}");
+        let groups = message("DetrForSegmentation", json!({"d_model": 24}));
+        assert!(groups.starts_with("config.json: `d_model`: 24 / 2 channels"), "{groups}");
+        assert!(message("DetrForAlignment", json!({})).starts_with("detr: class `DetrForAlignment` is not supported"));
+    }
+
+    #[test]
+    fn inputs_that_do_not_fit_are_named() -> Result<(), SessionError> {
+        let refused = |spec: &ModelSpec, call: &Call| {
+            let cfg = DetrConfig::from_spec(spec)?;
+            let plan = cfg.backbone(spec)?;
+            Ok::<_, SessionError>(Pictures::read(&cfg, &plan, call).err().map(|e| e.to_string()).unwrap_or_default())
+        };
+        let mut call = call([1, 3, 64, 1601]);
+        let learned = spec("DetrModel", json!({"position_embedding_type": "learned"}));
+        let message = refused(&learned, &call)?;
+        assert_eq!(message, "input `pixel_values`: give 2 x 51 tokens; positions are learned for 50 each way");
+        let sine = spec("DetrModel", json!({}));
+        assert_eq!(refused(&sine, &call)?, "");
+        let mask = Tensor::ones((1, 64, 64), DType::I64, &Device::Cpu)?;
+        call.inputs.insert("pixel_mask".into(), mask);
+        let message = refused(&sine, &call)?;
+        assert_eq!(message, "input `pixel_mask`: has shape [1, 64, 64], expected [1, 64, 1601]");
+        Ok(())
+    }
+
+    #[test]
+    fn half_precision_weights_give_nearly_the_same() -> Result<(), SessionError> {
+        let mut spec = spec("DetrForSegmentation", json!({"position_embedding_type": "learned"}));
+        let call = call([1, 3, 64, 96]);
+        let exact = model(&spec)?.call(&call, &mut Unobserved)?;
+        spec.dtype = DType::BF16;
+        let rounded = model(&spec)?.call(&call, &mut Unobserved)?;
+        for name in ["logits", "pred_boxes", "pred_masks"] {
+            let largest = |x: &Tensor| x.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>();
+            let error = largest(&(&rounded[name] - &exact[name])?)? / largest(&exact[name])?;
+            // each weight is off by at most 2^-9 of itself, some twenty layers deep
+            assert!(error > 0.0 && error < 0.1, "{name}: {error}");
+        }
+        Ok(())
+    }
+}
