@@ -427,11 +427,15 @@ pub(crate) fn matmul_picked(
     epilogue: &Epilogue<'_>,
     out: &mut [MaybeUninit<f32>],
 ) -> Result<(), KernelError> {
-    let last = index.iter().filter(|row| **row != ZEROS).max();
-    a.check("A", last.map_or(0, |row| *row as usize + 1), w.k)?;
+    a.check("A", rows_picked(index), w.k)?;
     check_result(index.len(), w.n, epilogue, out.len())?;
     product(Source::Picked(a, index), index.len(), w, epilogue, out);
     Ok(())
+}
+
+/// The rows that there have to be.
+fn rows_picked(index: &[u32]) -> usize {
+    index.iter().filter(|row| **row != ZEROS).max().map_or(0, |row| *row as usize + 1)
 }
 
 /// C of checked lengths, on the pool.
@@ -440,12 +444,14 @@ fn product(a: Source<'_>, m: usize, w: &PackedMatrix, epilogue: &Epilogue<'_>, o
         return;
     }
     let rounded;
-    let a = match w.panels {
-        Panels::Pairs(..) => {
-            rounded = round_to_pairs(w.isa, a, m, w.k);
-            Rows::contiguous(&rounded, w.steps())
-        }
-        _ => a,
+    let mut round = |a, rows| {
+        rounded = round_to_pairs(w.isa, a, rows, w.k);
+        Rows::contiguous(&rounded, w.steps())
+    };
+    let a = match (&w.panels, a) {
+        (Panels::Pairs(..), Source::Rows(a)) => Source::Rows(round(a, m)),
+        (Panels::Pairs(..), Source::Picked(a, index)) => Source::Picked(round(a, rows_picked(index)), index),
+        (_, a) => a,
     };
     let grid = w.grid(m, pool::threads());
     let c = SendPtr(out.as_mut_ptr().cast::<f32>());
@@ -1258,8 +1264,13 @@ mod tests {
         let row = |row: &u32| if *row == ZEROS { &zeros[..] } else { &a[*row as usize * k..][..k] };
         let copied: Vec<f32> = index.iter().flat_map(row).copied().collect();
         for isa in Isa::available() {
-            let packed = PackedMatrix::pack_for(isa, Weights::F32(&weights), n, k).unwrap();
-            for m in [40, 1, 0] {
+            let halves: Vec<bf16> = weights.iter().map(|w| bf16::from_f32(*w)).collect();
+            let pairs = pair_products(isa).into_iter().map(|p| PackedMatrix::pack_pairs(isa, p, &halves, n, k).unwrap());
+            let plain = PackedMatrix::pack_for(isa, Weights::F32(&weights), n, k).unwrap();
+            for (packed, m) in pairs.chain([plain]).flat_map(|packed| {
+                let packed = std::rc::Rc::new(packed);
+                [40, 1, 0].map(|m| (packed.clone(), m))
+            }) {
                 let mut out = vec![MaybeUninit::new(-1e30f32); m * n];
                 matmul_picked(Rows::contiguous(&a, k), &index[..m], &packed, &epilogue, &mut out).unwrap();
                 // SAFETY: all were initialised above.

@@ -5,6 +5,8 @@ use serde::Deserialize;
 
 pub mod convnext;
 pub mod swin;
+pub mod detr;
+pub mod resnet;
 pub(crate) mod upstream;
 pub mod vit;
 
