@@ -18,8 +18,16 @@ impl<'a> Inputs<'a> {
     /// # Errors
     /// Another method, or an argument that is in neither list.
     pub fn forward(call: &'a Call, inputs: &[&str], arguments: &[&str]) -> Result<Self, SessionError> {
-        if call.method != "forward" {
-            let reason = format!("`{}` is not supported; supported: forward", call.method);
+        Self::of("forward", call, inputs, arguments)
+    }
+
+    /// Likewise for another method of the class.
+    ///
+    /// # Errors
+    /// As for [`forward`](Self::forward).
+    pub fn of(method: &str, call: &'a Call, inputs: &[&str], arguments: &[&str]) -> Result<Self, SessionError> {
+        if call.method != method {
+            let reason = format!("`{}` is not supported; supported: {method}", call.method);
             return Err(SessionError::input("method", reason));
         }
         let input = call.inputs.keys().find(|name| !inputs.contains(&name.as_str()));

@@ -11,6 +11,7 @@ use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, Tensor, bai
 use candle_nn::VarBuilder;
 
 use crate::activation::Activation;
+use crate::cost;
 use crate::kernels::KernelError;
 use crate::kernels::conv::{After, Geometry, PackedConv, PackedConvTranspose, TransposedGeometry};
 use crate::kernels::matmul::Weights;
@@ -299,8 +300,10 @@ impl Conv2d {
     /// As for [`forward`](Self::forward).
     pub fn forward_act(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
         let shape = self.out_shape(x)?;
+        self.note_cost(shape, x.dtype());
         match &*self.weight {
             Weight::Packed { packed, bias } => {
+                activation.note_cost(shape.iter().product());
                 let after = After { bias: bias.as_deref(), residual: None, activation };
                 op::apply1("packed-conv", &x.contiguous()?, |storage, layout| {
                     run(storage, layout, shape, |x, batch, size, out| packed.forward(x, batch, size, &after, out))
@@ -322,8 +325,11 @@ impl Conv2d {
         if residual.dims() != shape {
             bail!("a convolution's residual has shape {:?}, the result {shape:?}", residual.dims());
         }
+        self.note_cost(shape, x.dtype());
+        cost::elementwise(residual.elem_count(), 1);
         match &*self.weight {
             Weight::Packed { packed, bias } => {
+                activation.note_cost(residual.elem_count());
                 op::apply2("packed-conv-add", &x.contiguous()?, &residual.contiguous()?, |[x, residual]| {
                     let residual = Some(op::elements::<f32>(residual.0, residual.1)?);
                     let after = After { bias: bias.as_deref(), residual, activation };
@@ -332,6 +338,19 @@ impl Conv2d {
             }
             Weight::Plain { weight, bias } => activation.forward(&(self.plain(x, weight, bias.as_ref())? + residual)?),
         }
+    }
+
+    fn note_cost(&self, shape: [usize; 4], dtype: DType) {
+        cost::note(|| {
+            let has_bias = match &*self.weight {
+                Weight::Packed { bias, .. } => bias.is_some(),
+                Weight::Plain { bias, .. } => bias.is_some(),
+            };
+            let Conv2dConfig { kernel, groups, .. } = self.config;
+            let (outputs, window) = (shape.iter().product::<usize>(), self.channels.0 / groups * kernel.0 * kernel.1);
+            let flops = 2 * outputs * window + usize::from(has_bias) * outputs;
+            cost::weighted(flops, self.weight_bytes(), outputs * dtype.size_in_bytes())
+        });
     }
 
     fn out_shape(&self, x: &Tensor) -> Result<[usize; 4]> {
@@ -731,16 +750,33 @@ impl ConvTranspose2d {
                 x.dims()
             )
         };
+        let shape = [batch, size[0], size[1], self.channels.1];
+        self.note_cost(x, shape);
         match &*self.weight {
             Weight::Packed { packed, bias } => {
+                activation.note_cost(shape.iter().product());
                 let after = After { bias: bias.as_deref(), residual: None, activation };
-                let shape = [batch, size[0], size[1], self.channels.1];
                 op::apply1("packed-conv-transpose", &x.contiguous()?, |storage, layout| {
                     run(storage, layout, shape, |x, batch, size, out| packed.forward(x, batch, size, &after, out))
                 })
             }
             Weight::Plain { weight, bias } => activation.forward(&self.plain(x, size, weight, bias.as_ref())?),
         }
+    }
+
+    fn note_cost(&self, x: &Tensor, shape: [usize; 4]) {
+        cost::note(|| {
+            let has_bias = match &*self.weight {
+                Weight::Packed { bias, .. } => bias.is_some(),
+                Weight::Plain { bias, .. } => bias.is_some(),
+            };
+            let ConvTranspose2dConfig { kernel, groups, .. } = self.config;
+            let outputs = shape.iter().product::<usize>();
+            // each pixel goes to every tap, also to those that are cut off
+            let products = x.elem_count() * kernel.0 * kernel.1 * (self.channels.1 / groups);
+            let flops = 2 * products + usize::from(has_bias) * outputs;
+            cost::weighted(flops, self.weight_bytes(), outputs * x.dtype().size_in_bytes())
+        });
     }
 
     fn plain(&self, x: &Tensor, size: [usize; 2], weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {

@@ -64,15 +64,17 @@ pub use roofbench_core::session::{
 pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, WeightsError};
 pub use serde_json;
 
-use models::{upstream, vit};
+use models::{dinov2, sam, upstream, vit};
 
 /// The families of the catalog that this crate runs.
-pub const FAMILIES: &[&str] = &["vit"];
+pub const FAMILIES: &[&str] = &["vit", "sam", "dinov2"];
 
 /// The `transformers` classes of `family` that run; none for a family that is not one of [`FAMILIES`].
 pub fn classes(family: &str) -> &'static [&'static str] {
     match family {
         "vit" => vit::CLASSES,
+        "sam" => sam::CLASSES,
+        "dinov2" => dinov2::CLASSES,
         _ => &[],
     }
 }
@@ -81,6 +83,8 @@ pub fn classes(family: &str) -> &'static [&'static str] {
 pub fn aliases(family: &str) -> &'static [AliasRule] {
     match family {
         "vit" => vit::ALIASES,
+        "sam" => sam::ALIASES,
+        "dinov2" => dinov2::ALIASES,
         _ => &[],
     }
 }
@@ -94,12 +98,15 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
     match (spec.family.as_str(), spec.engine) {
         ("vit", Engine::Roofbench) => Ok(Box::new(vit::ViTModel::load(spec, vb)?)),
         ("vit", Engine::CandleTransformers) => Ok(Box::new(upstream::StockViT::load(spec, vb)?)),
+        ("sam", Engine::Roofbench) => Ok(Box::new(sam::SamModel::load(spec, vb)?)),
+        ("dinov2", Engine::Roofbench) => Ok(Box::new(dinov2::Dinov2Model::load(spec, vb)?)),
+        (family @ ("sam" | "dinov2"), Engine::CandleTransformers) => Err(upstream::other_names(family)),
         (family, _) => Err(unknown_family(family)),
     }
 }
 
 /// The picture processor of a family; `configs` are the `*config.json` files of its repository by name, of which
-/// `preprocessor_config.json` is read.
+/// `preprocessor_config.json` is read, or else `image_processor` of `processor_config.json`.
 ///
 /// # Errors
 /// Names the family, or the field of `preprocessor_config.json` at fault.
@@ -107,11 +114,15 @@ pub fn processor(family: &str, configs: &BTreeMap<String, Value>) -> Result<Box<
     if !FAMILIES.contains(&family) {
         return Err(unknown_family(family));
     }
-    let Some(config) = configs.get("preprocessor_config.json") else {
+    let nested = || configs.get("processor_config.json")?.get("image_processor");
+    let Some(config) = configs.get("preprocessor_config.json").or_else(nested) else {
         let reason = "the file is missing; the repository of a checkpoint has it beside config.json".to_owned();
         return Err(SessionError::Preprocessor { field: ".".to_owned(), reason });
     };
-    Ok(Box::new(preprocess::ImageProcessor::from_config(config, family)?))
+    match family {
+        "sam" => Ok(Box::new(preprocess::sam::SamProcessor::from_config(config)?)),
+        _ => Ok(Box::new(preprocess::ImageProcessor::from_config(config, family)?)),
+    }
 }
 
 fn unknown_family(family: &str) -> SessionError {

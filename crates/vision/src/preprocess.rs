@@ -18,6 +18,8 @@ use serde_json::Value;
 use crate::image_io::{MAX_PIXELS, Transparency, load_rgb};
 use crate::resize::{Filter, resize};
 
+pub mod sam;
+
 /// Defaults of a processor class.
 struct Kind {
     /// Its name without `ImageProcessor` or `FeatureExtractor`.
@@ -36,9 +38,13 @@ struct Kind {
     convert_rgb: bool,
     /// Part of the resized picture that is kept below 384 pixels, for processors that have `crop_pct`.
     crop_pct: Option<f64>,
+    /// The size names the longer side, and a class of its own fills pictures up.
+    longest_edge: bool,
 }
 
 const HALF: [f64; 3] = [0.5; 3];
+const IMAGENET_MEAN: [f64; 3] = [0.485, 0.456, 0.406];
+const IMAGENET_STD: [f64; 3] = [0.229, 0.224, 0.225];
 const CLIP_MEAN: [f64; 3] = [0.48145466, 0.4578275, 0.40821073];
 const CLIP_STD: [f64; 3] = [0.26862954, 0.26130258, 0.27577711];
 
@@ -53,6 +59,7 @@ const VIT: Kind = Kind {
     std: HALF,
     convert_rgb: false,
     crop_pct: None,
+    longest_edge: false,
 };
 const CLIP: Kind = Kind {
     name: "CLIP",
@@ -65,6 +72,7 @@ const CLIP: Kind = Kind {
     std: CLIP_STD,
     convert_rgb: true,
     crop_pct: None,
+    longest_edge: false,
 };
 
 /// Every processor that is known. A new one is its difference from one of these.
@@ -81,6 +89,17 @@ const KINDS: &[Kind] = &[
         crop_pct: Some(224.0 / 256.0),
         ..VIT
     },
+    Kind {
+        name: "Sam",
+        models: &["sam"],
+        size: Size::LongestEdge(1024),
+        number_is_square: true,
+        mean: IMAGENET_MEAN,
+        std: IMAGENET_STD,
+        convert_rgb: true,
+        longest_edge: true,
+        ..VIT
+    },
     Kind { name: "Blip", models: &["blip"], size: Size::Exact([384, 384]), number_is_square: true, crop: None, ..CLIP },
 ];
 
@@ -93,6 +112,8 @@ enum Size {
     ShortestEdge(u32),
     /// The shorter side, unless the longer one would exceed `longest`.
     Within { shortest: u32, longest: u32 },
+    /// The longer side; the other follows.
+    LongestEdge(u32),
 }
 
 impl Size {
@@ -104,6 +125,10 @@ impl Size {
             if width <= height { [scaled(edge, height, width), short] } else { [short, scaled(edge, width, height)] }
         };
         match self {
+            Self::LongestEdge(edge) => {
+                let scale = f64::from(edge) / f64::from(height.max(width));
+                [height, width].map(|side| (f64::from(side) * scale + 0.5) as u64)
+            }
             Self::Exact([height, width]) => [height.into(), width.into()],
             Self::ShortestEdge(edge) => by_short(edge.into(), edge.into()),
             Self::Within { shortest, longest } => {
@@ -187,11 +212,12 @@ impl SizeField {
                 match named[..] {
                     [("height", height), ("width", width)] => Size::Exact([height, width]),
                     [("shortest_edge", edge)] => Size::ShortestEdge(edge),
+                    [("longest_edge", edge)] => Size::LongestEdge(edge),
                     [("longest_edge", longest), ("shortest_edge", shortest)] => Size::Within { shortest, longest },
                     _ => {
                         let keys: Vec<&str> = named.iter().map(|(key, _)| *key).collect();
                         let reason = format!(
-                            "has the keys {keys:?}; supported: height and width, shortest_edge, \
+                            "has the keys {keys:?}; supported: height and width, shortest_edge, longest_edge, \
                              shortest_edge and longest_edge"
                         );
                         return refuse(field, reason);
@@ -201,7 +227,7 @@ impl SizeField {
         };
         let sides = match size {
             Size::Exact(sides) => sides,
-            Size::ShortestEdge(edge) => [edge, edge],
+            Size::ShortestEdge(edge) | Size::LongestEdge(edge) => [edge, edge],
             Size::Within { shortest, longest } => [shortest, longest],
         };
         if sides.contains(&0) || sides.iter().map(|side| u64::from(*side)).product::<u64>() > MAX_PIXELS {
@@ -244,7 +270,7 @@ impl ImageProcessor {
             reason: error.into_inner().to_string(),
         })?;
         let kind = kind(&config, model)?;
-        if config.do_pad == Some(true) {
+        if config.do_pad == Some(true) && !kind.longest_edge {
             return refuse("do_pad", format!("true is not supported for {}", kind.name));
         }
         if let Some(format) = config.data_format.as_deref().filter(|format| *format != "channels_first") {
@@ -409,6 +435,10 @@ fn resize_target(config: &Config, kind: &Kind, crops: &mut Vec<[u32; 2]>) -> Res
         Some(size) => size.read("size", number)?,
         None => kind.size,
     };
+    if matches!(size, Size::LongestEdge(_)) != kind.longest_edge {
+        let (name, not) = (kind.name, if kind.longest_edge { "needs" } else { "is not supported with" });
+        return refuse("size", format!("{not} longest_edge alone for {name}"));
+    }
     let Some(default_pct) = kind.crop_pct else { return Ok(size) };
     let Size::ShortestEdge(edge) = size else {
         return refuse("size", format!("needs shortest_edge alone for {}", kind.name));
@@ -509,6 +539,8 @@ mod tests {
     fn sizes_are_rounded_as_python_rounds_them() {
         assert_eq!(Size::ShortestEdge(32).for_picture(43, 57), [32, 42]); // 42.4
         assert_eq!(Size::ShortestEdge(32).for_picture(57, 43), [42, 32]);
+        assert_eq!(Size::LongestEdge(48).for_picture(43, 57), [36, 48]); // 36.2
+        assert_eq!(Size::LongestEdge(48).for_picture(31, 20), [48, 31]); // 30.97
         let within = Size::Within { shortest: 24, longest: 40 };
         assert_eq!(within.for_picture(43, 57), [24, 31]); // 31.8
         assert_eq!(within.for_picture(70, 31), [40, 18]); // 17.7 to the nearest, the long side from the exact quotient
@@ -548,6 +580,8 @@ mod tests {
             (json!({"size": {"height": 24}}), "vit", "size"),
             (json!({"size": {"height": 24, "width": 24, "shortest_edge": 24}}), "vit", "size"),
             (json!({"size": {"height": 24, "width": 24}}), "convnext", "size"),
+            (json!({"size": {"longest_edge": 24}}), "vit", "size"),
+            (json!({"size": 24}), "sam", "size"),
             (json!({"resample": 9}), "vit", "resample"),
             (json!({"do_center_crop": true}), "vit", "crop_size"),
             (json!({"do_center_crop": true, "crop_size": {"shortest_edge": 9}}), "vit", "crop_size"),

@@ -16,6 +16,7 @@ pub mod quant;
 pub(crate) mod rms_norm;
 pub(crate) mod rope;
 pub(crate) mod simd;
+pub(crate) mod window_attention;
 
 /// Arguments that do not fit together.
 #[derive(Debug, thiserror::Error)]

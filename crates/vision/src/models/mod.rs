@@ -3,6 +3,8 @@
 use candle_core::{DType, Device};
 use serde::Deserialize;
 
+pub mod dinov2;
+pub mod sam;
 pub(crate) mod upstream;
 pub mod vit;
 
