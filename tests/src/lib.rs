@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Result, Tensor};
-use roofbench_core::reference;
+use roofbench_core::reference::{self, Case, Kind, find};
 use roofbench_core::session::{Engine, ModelSpec, Processor, Session, SessionError};
 use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights};
 use serde_json::Value;
@@ -53,6 +53,28 @@ pub fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/reference")
 }
 
+/// Every case of `kind` of the families that run.
+///
+/// # Panics
+/// When a case can't be read: these are the project's own.
+pub fn cases(kind: Kind) -> impl Iterator<Item = Case> {
+    let folders = find(&fixtures()).expect("the cases of the project");
+    let cases = folders.into_iter().map(|folder| Case::read(&folder).expect("a case of the project"));
+    cases.filter(move |case| case.kind == kind && families().any(|family| family == case.family))
+}
+
+/// The model of a case.
+///
+/// # Panics
+/// When it can't be built.
+pub fn session(case: &Case) -> Box<dyn Session> {
+    let models: &dyn reference::Models = &Models;
+    let spec = case.spec(&Device::Cpu, Engine::Roofbench).expect("a config");
+    let weights = Weights::open(&case.source(), models.aliases(&spec), &spec.class, &HubOptions::from_env());
+    let session = weights.map_err(SessionError::from).and_then(|weights| models.load(&spec, &weights));
+    session.unwrap_or_else(|error| panic!("{}/{}: {error}", case.family, case.name))
+}
+
 /// A model in f32 on the CPU with weights made from seed 0, and those weights with their account of what was read.
 ///
 /// # Errors
@@ -83,5 +105,6 @@ pub fn synthetic(
 /// Shapes that differ.
 pub fn relative_error(a: &Tensor, b: &Tensor) -> Result<f32> {
     let largest = |x: &Tensor| x.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>();
-    Ok(largest(&(a - b)?)? / largest(b)?)
+    let (a, b) = (a.to_dtype(DType::F32)?, b.to_dtype(DType::F32)?);
+    Ok(largest(&(&a - &b)?)? / largest(&b)?)
 }

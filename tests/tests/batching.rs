@@ -1,71 +1,85 @@
-//! An item in a batch gives what it gives alone, and padding changes nothing.
+//! An item in a batch gives what it gives alone, in every case that has a batch.
+
+use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor};
+use roofbench_core::reference::{Case, Kind};
 use roofbench_core::session::{Call, Session, Tensors, Unobserved};
-use roofbench_core::weights::synthetic::uniform;
-use roofbench_tests::{fixtures, relative_error, synthetic};
-use serde_json::Value;
+use roofbench_tests::{cases, relative_error, session};
 
-/// Sums over other shapes may take another order: a few roundings of f32, in the largest value's unit.
-const TOLERANCE: f32 = 2e-6;
+/// Sums over other shapes may take another order: some roundings of f32, in the largest value's unit.
+const TOLERANCE: f32 = 5e-6;
 
-fn config(case: &str) -> Value {
-    serde_json::from_slice(&std::fs::read(fixtures().join(case).join("config.json")).unwrap()).unwrap()
+fn run(session: &mut dyn Session, case: &Case, call: &Call, inputs: Tensors) -> Tensors {
+    let call = Call { inputs, ..call.clone() };
+    session.call(&call, &mut Unobserved).unwrap_or_else(|error| panic!("{}/{}: {error}", case.family, case.name))
 }
 
-fn forward(session: &mut dyn Session, inputs: &[(&str, Tensor)]) -> Tensors {
-    let inputs = inputs.iter().map(|(name, tensor)| ((*name).to_owned(), tensor.clone())).collect();
-    let call = Call { method: "forward".to_owned(), inputs, arguments: Default::default() };
-    session.call(&call, &mut Unobserved).unwrap()
+/// The first dimension that all of `tensors` have, when it is a batch.
+fn batch(tensors: &Tensors) -> Option<usize> {
+    let first = |tensor: &Tensor| tensor.dims().first().copied();
+    let batch = tensors.values().next().and_then(first)?;
+    (batch > 1 && tensors.values().all(|tensor| first(tensor) == Some(batch))).then_some(batch)
 }
 
-/// `count` token ids in [3, 90).
-fn tokens(shape: (usize, usize)) -> Tensor {
-    let unit = uniform("tokens", shape.0 * shape.1, 0, 0).unwrap();
-    let ids: Vec<i64> = unit.iter().map(|u| 3 + ((u + 1.0) / 2.0 * 87.0) as i64).collect();
-    Tensor::from_vec(ids, shape, &Device::Cpu).unwrap()
+fn item(tensors: &Tensors, item: usize) -> Tensors {
+    tensors.iter().map(|(name, tensor)| (name.clone(), tensor.narrow(0, item, 1).unwrap())).collect()
 }
 
 #[test]
-fn a_sentence_in_a_batch_equals_it_alone() {
-    let (mut bert, _) = synthetic("bert", "BertForMaskedLM", &config("bert/masked-lm")).unwrap();
-    let ids = tokens((5, 11));
-    let together = forward(&mut *bert, &[("input_ids", ids.clone())]);
-    for item in 0..5 {
-        let alone = forward(&mut *bert, &[("input_ids", ids.narrow(0, item, 1).unwrap())]);
-        let error = relative_error(&together["logits"].narrow(0, item, 1).unwrap(), &alone["logits"]).unwrap();
-        assert!(error <= TOLERANCE, "item {item}: {error}");
+fn an_item_in_a_batch_equals_it_alone() {
+    let mut seen = BTreeMap::new();
+    for case in cases(Kind::Model) {
+        let call = case.call(&Device::Cpu).unwrap();
+        let inputs = call.inputs.clone();
+        let Some(items) = batch(&inputs) else { continue };
+        let mut session = session(&case);
+        let together = run(&mut *session, &case, &call, inputs.clone());
+        if batch(&together) != Some(items) {
+            continue;
+        }
+        *seen.entry(case.family.clone()).or_insert(0) += 1;
+        for at in 0..items {
+            let alone = run(&mut *session, &case, &call, item(&inputs, at));
+            for (name, together) in item(&together, at) {
+                let about = format!("{}/{}: {name} of item {at}", case.family, case.name);
+                let error = relative_error(&together, &alone[&name]).unwrap_or_else(|error| panic!("{about}: {error}"));
+                assert!(error <= TOLERANCE, "{about}: {error}");
+            }
+        }
     }
+    assert!(seen.len() > 1, "{seen:?}");
 }
 
 #[test]
 fn a_padded_sentence_equals_it_without_padding() {
-    let (mut bert, _) = synthetic("bert", "BertModel", &config("bert/encoder")).unwrap();
-    let (length, padded) = (7, 13);
-    let ids = tokens((2, padded));
-    let mask: Vec<i64> = (0..2 * padded).map(|at| i64::from(at >= padded || at < length)).collect();
-    let mask = Tensor::from_vec(mask, (2, padded), &Device::Cpu).unwrap();
-    let together = forward(&mut *bert, &[("input_ids", ids.clone()), ("attention_mask", mask)]);
-    let short = ids.narrow(0, 0, 1).unwrap().narrow(1, 0, length).unwrap();
-    let alone = forward(&mut *bert, &[("input_ids", short)]);
-    let kept = together["last_hidden_state"].narrow(0, 0, 1).unwrap().narrow(1, 0, length).unwrap();
-    let error = relative_error(&kept, &alone["last_hidden_state"]).unwrap();
-    assert!(error <= TOLERANCE, "{error}");
-    let without_mask = forward(&mut *bert, &[("input_ids", ids)]);
-    let unmasked = without_mask["last_hidden_state"].narrow(0, 0, 1).unwrap().narrow(1, 0, length).unwrap();
-    assert!(relative_error(&unmasked, &alone["last_hidden_state"]).unwrap() > 1e-3, "the mask has to matter");
-}
-
-#[test]
-fn a_picture_in_a_batch_equals_it_alone() {
-    let config = config("vit/image-classification");
-    let (mut vit, _) = synthetic("vit", "ViTForImageClassification", &config).unwrap();
-    let pixels = Tensor::from_vec(uniform("pixels", 4 * 3 * 32 * 32, 0, 0).unwrap(), (4, 3, 32, 32), &Device::Cpu);
-    let pixels = pixels.unwrap();
-    let together = forward(&mut *vit, &[("pixel_values", pixels.clone())]);
-    for item in 0..4 {
-        let alone = forward(&mut *vit, &[("pixel_values", pixels.narrow(0, item, 1).unwrap())]);
-        let error = relative_error(&together["logits"].narrow(0, item, 1).unwrap(), &alone["logits"]).unwrap();
-        assert!(error <= TOLERANCE, "item {item}: {error}");
+    let mut seen = 0;
+    for case in cases(Kind::Model) {
+        let call = case.call(&Device::Cpu).unwrap();
+        let inputs = call.inputs.clone();
+        let plain = |name: &String| ["input_ids", "attention_mask", "token_type_ids"].contains(&name.as_str());
+        if call.method != "forward" || !inputs.keys().all(plain) || !inputs.contains_key("attention_mask") {
+            continue;
+        }
+        let mut session = session(&case);
+        let together = run(&mut *session, &case, &call, inputs.clone());
+        let lengths = inputs["attention_mask"].sum(1).unwrap().to_vec1::<i64>().unwrap();
+        let full = inputs["attention_mask"].dim(1).unwrap();
+        for (at, length) in lengths.into_iter().map(|length| length as usize).enumerate() {
+            let mut alone: Tensors =
+                item(&inputs, at).into_iter().map(|(name, x)| (name, x.narrow(1, 0, length).unwrap())).collect();
+            alone.remove("attention_mask");
+            let alone = run(&mut *session, &case, &call, alone);
+            for (name, together) in item(&together, at) {
+                let kept = match together.rank() {
+                    3 if together.dim(1).unwrap() == full => together.narrow(1, 0, length).unwrap(),
+                    _ => together,
+                };
+                let error = relative_error(&kept, &alone[&name]).unwrap();
+                assert!(error <= TOLERANCE, "{}/{}: {name} of item {at}: {error}", case.family, case.name);
+            }
+            seen += usize::from(length < full);
+        }
     }
+    assert!(seen > 1, "no case has padding");
 }

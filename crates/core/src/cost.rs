@@ -158,6 +158,14 @@ pub fn causal_pairs(queries: u64, cached: u64) -> u64 {
     queries * cached + queries * (queries + 1) / 2
 }
 
+/// The same where each sees at most `window` positions, itself included.
+pub fn window_pairs(queries: u64, cached: u64, window: Option<u64>) -> u64 {
+    match window {
+        None => causal_pairs(queries, cached),
+        Some(window) => (1..=queries).map(|query| (cached + query).min(window)).sum(),
+    }
+}
+
 /// Which normalisation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Norm {

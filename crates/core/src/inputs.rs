@@ -18,24 +18,21 @@ impl<'a> Inputs<'a> {
     /// # Errors
     /// Another method, or an argument that is in neither list.
     pub fn forward(call: &'a Call, inputs: &[&str], arguments: &[&str]) -> Result<Self, SessionError> {
-        Self::of("forward", call, inputs, arguments)
+        if call.method != "forward" {
+            return Err(unsupported_method(call, "forward"));
+        }
+        let supported = [inputs, arguments].concat();
+        known(call.inputs.keys(), inputs, &supported)?;
+        known(call.arguments.keys(), arguments, &supported)?;
+        Ok(Self { call })
     }
 
-    /// Likewise for another method of the class.
+    /// Takes any method with any of the tensors `inputs`; its plain arguments are for another to read.
     ///
     /// # Errors
-    /// As for [`forward`](Self::forward).
-    pub fn of(method: &str, call: &'a Call, inputs: &[&str], arguments: &[&str]) -> Result<Self, SessionError> {
-        if call.method != method {
-            let reason = format!("`{}` is not supported; supported: {method}", call.method);
-            return Err(SessionError::input("method", reason));
-        }
-        let input = call.inputs.keys().find(|name| !inputs.contains(&name.as_str()));
-        let argument = call.arguments.keys().find(|name| !arguments.contains(&name.as_str()));
-        if let Some(name) = input.or(argument) {
-            let supported = [inputs, arguments].concat().join(", ");
-            return Err(SessionError::input(name, format!("is not supported for this class; supported: {supported}")));
-        }
+    /// An input that is not in the list.
+    pub fn of_any_method(call: &'a Call, inputs: &[&str]) -> Result<Self, SessionError> {
+        known(call.inputs.keys(), inputs, inputs)?;
         Ok(Self { call })
     }
 
@@ -105,6 +102,11 @@ impl<'a> Inputs<'a> {
     }
 }
 
+/// The answer to a call of a method that a class has not, or that is not supported.
+pub fn unsupported_method(call: &Call, supported: &str) -> SessionError {
+    SessionError::input("method", format!("`{}` is not supported; supported: {supported}", call.method))
+}
+
 /// Checks that each of `ids` (i64) is in [0, `limit`), where `limit` is `field` of config.json.
 ///
 /// # Errors
@@ -126,6 +128,20 @@ pub fn zero_or_one(name: &str, mask: &Tensor) -> Result<(), SessionError> {
     match mask.iter().position(|value| !matches!(value, 0 | 1)) {
         None => Ok(()),
         Some(at) => Err(SessionError::input(name, format!("element {at} is {}, neither 0 nor 1", mask[at]))),
+    }
+}
+
+fn known<'a>(
+    mut names: impl Iterator<Item = &'a String>,
+    known: &[&str],
+    supported: &[&str],
+) -> Result<(), SessionError> {
+    match names.find(|name| !known.contains(&name.as_str())) {
+        None => Ok(()),
+        Some(name) => {
+            let reason = format!("is not supported for this class; supported: {}", supported.join(", "));
+            Err(SessionError::input(name, reason))
+        }
     }
 }
 

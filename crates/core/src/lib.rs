@@ -4,7 +4,9 @@
 
 pub mod catalog;
 pub mod classify;
+pub mod config;
 pub mod cost;
+pub mod generation;
 pub mod hardware;
 pub mod harness;
 pub mod inputs;

@@ -318,29 +318,50 @@ impl Case {
         Ok(Verdict { weights, outputs, computed })
     }
 
-    fn call_model(
-        &self,
-        models: &dyn Models,
-        setting: &Setting,
-    ) -> Result<(Tensors, Option<WeightsDifference>), CaseError> {
+    /// What its model is built from, in f32.
+    ///
+    /// # Errors
+    /// There is no config.json.
+    pub fn spec(&self, device: &Device, engine: Engine) -> Result<ModelSpec, CaseError> {
         let path = self.folder.join("config.json");
         let mut extra_configs = self.configs.clone();
         let config = extra_configs.remove("config.json").ok_or_else(|| CaseError::Malformed {
             path,
             reason: "is missing; a case of a model needs one".to_owned(),
         })?;
-        let spec = ModelSpec {
+        Ok(ModelSpec {
             family: self.family.clone(),
             class: self.class.clone(),
             config,
             extra_configs,
             dtype: DType::F32,
-            device: setting.device.clone(),
-            engine: setting.engine,
-        };
-        let inputs = read_tensors(&self.folder.join("inputs.safetensors"), &setting.device)?;
-        let call = Call { method: self.call.clone(), inputs, arguments: self.arguments.clone() };
-        let source = Source::Synthetic { seed: self.seed };
+            device: device.clone(),
+            engine,
+        })
+    }
+
+    /// Where its model's weights come from.
+    pub fn source(&self) -> Source {
+        Source::Synthetic { seed: self.seed }
+    }
+
+    /// The call that it makes.
+    ///
+    /// # Errors
+    /// Its inputs can't be read.
+    pub fn call(&self, device: &Device) -> Result<Call, CaseError> {
+        let inputs = read_tensors(&self.folder.join("inputs.safetensors"), device)?;
+        Ok(Call { method: self.call.clone(), inputs, arguments: self.arguments.clone() })
+    }
+
+    fn call_model(
+        &self,
+        models: &dyn Models,
+        setting: &Setting,
+    ) -> Result<(Tensors, Option<WeightsDifference>), CaseError> {
+        let spec = self.spec(&setting.device, setting.engine)?;
+        let call = self.call(&setting.device)?;
+        let source = self.source();
         let weights = Weights::open(&source, models.aliases(&spec), &spec.class, &HubOptions::from_env())
             .map_err(SessionError::from)?;
         let mut session = models.load(&spec, &weights)?;

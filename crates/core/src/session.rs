@@ -48,6 +48,9 @@ pub trait Observer {
     ///
     /// [`Phase::Prefill`] ends when the first token is on the host, [`Phase::Decode`] when each later one is.
     fn end(&mut self, phase: Phase);
+
+    /// The tokens just chosen, one for each sequence, before their phase ends: what a reader sees as it comes.
+    fn tokens(&mut self, _tokens: &[i64]) {}
 }
 
 /// Takes no notice; for calls whose time does not matter.

@@ -75,6 +75,15 @@ impl Mask {
         Ok(Self { padding: None, bias: Some(bias.clone()) })
     }
 
+    /// The same with a bias, as in [`additive`](Self::additive).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn with_bias(self, bias: &Tensor) -> Result<Self> {
+        bias.dims4()?;
+        Ok(Self { bias: Some(bias.clone()), ..self })
+    }
+
     /// The same with keys that do not exist, as in [`padding`](Self::padding).
     ///
     /// # Errors
@@ -172,11 +181,8 @@ impl SelfAttention {
     /// # Errors
     /// As for [`Linear::forward`] and [`Attention::forward`].
     pub fn forward(&self, x: &Tensor, mask: Option<&Mask>) -> Result<Tensor> {
-        let qkv = self.qkv.forward(x)?; // (batch, seq, (heads + 2 * kv_heads) * head_dim)
-        let [queries, keys] =
-            [self.attention.heads, self.attention.kv_heads].map(|heads| heads * self.attention.head_dim);
-        let (q, k) = (qkv.narrow(2, 0, queries)?, qkv.narrow(2, queries, keys)?);
-        self.attention.forward(&q, &k, &qkv.narrow(2, queries + keys, keys)?, mask)
+        let [q, k, v] = self.attention.split(&self.qkv.forward(x)?)?;
+        self.attention.forward(&q, &k, &v, mask)
     }
 }
 
@@ -189,6 +195,19 @@ struct Sizes {
 }
 
 impl Attention {
+    /// Queries, keys and values of a product that gives them side by side, as views.
+    ///
+    /// # Shapes
+    /// (batch, seq, (heads + 2 · kv_heads) · head_dim) → (batch, seq, heads · head_dim), and twice (batch, seq, kv_heads ·
+    /// head_dim).
+    ///
+    /// # Errors
+    /// When it is less wide.
+    pub fn split(&self, qkv: &Tensor) -> Result<[Tensor; 3]> {
+        let [queries, keys] = [self.heads, self.kv_heads].map(|heads| heads * self.head_dim);
+        Ok([qkv.narrow(2, 0, queries)?, qkv.narrow(2, queries, keys)?, qkv.narrow(2, queries + keys, keys)?])
+    }
+
     /// On the CPU in f32 a fused kernel, which keeps no score matrix; elsewhere candle's operations.
     ///
     /// # Shapes

@@ -168,6 +168,18 @@ impl Linear {
         Self::new(&Tensor::cat(&weights, 0)?, bias.as_ref())
     }
 
+    /// The weights as a table of rows, where the kernel's are not rounded further: see
+    /// [`Embedding::load_tied`](crate::embedding::Embedding::load_tied).
+    pub(crate) fn packed(&self) -> Option<&PackedMatrix> {
+        match &self.weight {
+            Weight::Packed { matrix, .. } => match &**matrix {
+                Matrix::Native(matrix) => Some(matrix),
+                Matrix::Quantized(_) => None,
+            },
+            Weight::Plain { .. } => None,
+        }
+    }
+
     /// Width of the input.
     pub fn in_dim(&self) -> usize {
         self.in_dim

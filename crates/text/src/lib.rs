@@ -36,11 +36,13 @@
 //! # Ok::<_, Box<dyn std::error::Error>>(())
 //! ```
 
+pub mod causal;
 pub mod models;
 pub mod tasks;
 pub mod tokenize;
 
 pub use candle_core;
+use roofbench_core::config;
 pub use roofbench_core::cost::{Cost, PhaseCost};
 pub use roofbench_core::session::{
     Arguments, Call, Engine, ModelSpec, Observer, Phase, Session, SessionError, Tensors, Unobserved,
@@ -48,15 +50,17 @@ pub use roofbench_core::session::{
 pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, WeightsError};
 pub use serde_json;
 
-use models::{bert, upstream};
+use causal::{CausalLm, CausalSession};
+use models::{bert, llama, upstream};
 
 /// The families that run.
-pub const FAMILIES: &[&str] = &["bert"];
+pub const FAMILIES: &[&str] = &["bert", "llama"];
 
 /// The `transformers` classes of `family` that run; none for a family that is not one of [`FAMILIES`].
 pub fn classes(family: &str) -> &'static [&'static str] {
     match family {
         "bert" => bert::CLASSES,
+        "llama" => llama::CLASSES,
         _ => &[],
     }
 }
@@ -65,6 +69,7 @@ pub fn classes(family: &str) -> &'static [&'static str] {
 pub fn aliases(spec: &ModelSpec) -> &'static [AliasRule] {
     match spec.family.as_str() {
         "bert" => bert::aliases(spec),
+        "llama" => llama::ALIASES,
         _ => &[],
     }
 }
@@ -75,12 +80,25 @@ pub fn aliases(spec: &ModelSpec) -> &'static [AliasRule] {
 /// Names the family, class, engine, field of config.json or tensor that is missing or not supported.
 pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, SessionError> {
     let vb = weights.var_builder(spec.dtype, &spec.device);
+    if !classes(&spec.family).is_empty() && !classes(&spec.family).contains(&spec.class.as_str()) {
+        return Err(config::unsupported_class(spec, classes(&spec.family)));
+    }
     match (spec.family.as_str(), spec.engine) {
         ("bert", Engine::Roofbench) => Ok(Box::new(bert::BertModel::load(spec, vb)?)),
         ("bert", Engine::CandleTransformers) => Ok(Box::new(upstream::Bert::load(spec, vb)?)),
+        ("llama", Engine::Roofbench) => causal(llama::LlamaModel::load(spec, vb)?, spec),
+        (family, Engine::CandleTransformers) if FAMILIES.contains(&family) => Err(SessionError::UnsupportedEngine {
+            family: family.to_string(),
+            reason: "candle-transformers is not wrapped for it; use --engine roofbench".to_owned(),
+        }),
         (family, _) => Err(SessionError::UnsupportedEngine {
             family: family.to_string(),
             reason: format!("is no text family here; supported: {}", FAMILIES.join(", ")),
         }),
     }
+}
+
+/// A decoder-only model behind the calls of its class.
+fn causal<M: CausalLm + 'static>(model: M, spec: &ModelSpec) -> Result<Box<dyn Session>, SessionError> {
+    Ok(Box::new(CausalSession::new(model, spec)))
 }

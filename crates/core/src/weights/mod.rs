@@ -62,6 +62,18 @@ pub struct AliasRule {
     pub applies: AliasScope,
 }
 
+impl AliasRule {
+    /// Gives names another form.
+    pub const fn rename(pattern: &'static str, replacement: &'static str, applies: AliasScope) -> Self {
+        Self { pattern, replacement: Some(replacement), applies }
+    }
+
+    /// Leaves tensors unread.
+    pub const fn drop(pattern: &'static str, applies: AliasScope) -> Self {
+        Self { pattern, replacement: None, applies }
+    }
+}
+
 /// Which classes a rule is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AliasScope {

@@ -144,6 +144,22 @@ impl PackedMatrix {
         }
     }
 
+    /// Row `row` of the weights, widened to f32: `k` elements.
+    pub fn row(&self, row: usize, out: &mut [MaybeUninit<f32>]) {
+        fn copy<T: Copy>(panels: &[T], first: usize, step: usize, out: &mut [MaybeUninit<f32>], widen: fn(T) -> f32) {
+            for (out, x) in out.iter_mut().zip(panels[first..].iter().step_by(step)) {
+                out.write(widen(*x));
+            }
+        }
+        let width = panel_width(self.isa);
+        let first = row / width * width * self.k + row % width;
+        match &self.panels {
+            Panels::F32(w) => copy(w, first, width, out, |x| x),
+            Panels::Bf16(w) => copy(w, first, width, out, bf16::to_f32),
+            Panels::F16(w) => copy(w, first, width, out, f16::to_f32),
+        }
+    }
+
     /// How a product of `m` rows is cut into tasks for `threads`.
     pub(super) fn grid(&self, m: usize, threads: usize) -> Grid {
         let width = panel_width(self.isa);

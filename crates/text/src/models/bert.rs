@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 use candle_nn::VarBuilder;
 use roofbench_core::classify::label_count;
+use roofbench_core::config;
 use roofbench_core::cost::{self, Cost, Norm, PhaseCost};
 use roofbench_core::inputs::{Inputs, in_range, zero_or_one};
 use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Result, Session, SessionError, Tensors};
@@ -19,27 +20,31 @@ use roofbench_nn::linear::Linear;
 use roofbench_nn::mlp::Mlp;
 use roofbench_nn::norm::LayerNorm;
 use serde::Deserialize;
-use serde_json::{Map, Value};
+use serde_json::{Value, json};
 
 /// The classes that run.
 pub const CLASSES: &[&str] = &["BertModel", "BertForMaskedLM", "BertForSequenceClassification"];
 
 /// Names in published checkpoints. The first two are for a tied output matrix, the third for a class without pooler.
 const RULES: &[AliasRule] = &[
-    rename(r"^cls\.predictions\.decoder\.weight$", "bert.embeddings.word_embeddings.weight", AliasScope::Head),
-    rename(r"^cls\.predictions\.decoder\.bias$", "cls.predictions.bias", AliasScope::Head),
-    drop(r"^(bert\.)?pooler\.", AliasScope::Head),
+    AliasRule::rename(
+        r"^cls\.predictions\.decoder\.weight$",
+        "bert.embeddings.word_embeddings.weight",
+        AliasScope::Head,
+    ),
+    AliasRule::rename(r"^cls\.predictions\.decoder\.bias$", "cls.predictions.bias", AliasScope::Head),
+    AliasRule::drop(r"^(bert\.)?pooler\.", AliasScope::Head),
     // converted from TensorFlow
-    rename(r"LayerNorm\.gamma$", "LayerNorm.weight", AliasScope::Always),
-    rename(r"LayerNorm\.beta$", "LayerNorm.bias", AliasScope::Always),
+    AliasRule::rename(r"LayerNorm\.gamma$", "LayerNorm.weight", AliasScope::Always),
+    AliasRule::rename(r"LayerNorm\.beta$", "LayerNorm.bias", AliasScope::Always),
     // the head of next-sentence prediction, which none of the classes has
-    drop(r"^cls\.seq_relationship\.", AliasScope::Always),
+    AliasRule::drop(r"^cls\.seq_relationship\.", AliasScope::Always),
     // an integer buffer
-    drop(r"\.position_ids$", AliasScope::Always),
+    AliasRule::drop(r"\.position_ids$", AliasScope::Always),
     // saved from a class with a head, and from BertModel
-    rename(r"^bert\.", "", AliasScope::Base),
-    drop(r"^(cls|classifier)\.", AliasScope::Base),
-    rename(r"^(embeddings|encoder|pooler)\.", "bert.$1.", AliasScope::Head),
+    AliasRule::rename(r"^bert\.", "", AliasScope::Base),
+    AliasRule::drop(r"^(cls|classifier)\.", AliasScope::Base),
+    AliasRule::rename(r"^(embeddings|encoder|pooler)\.", "bert.$1.", AliasScope::Head),
 ];
 
 /// How published checkpoints name the tensors of `spec`.
@@ -78,10 +83,6 @@ pub struct BertConfig {
     /// The masked-LM head multiplies with the word embeddings; `true` when absent.
     #[serde(default = "yes")]
     pub tie_word_embeddings: bool,
-    position_embedding_type: Option<String>,
-    is_decoder: Option<bool>,
-    add_cross_attention: Option<bool>,
-    pruned_heads: Option<Map<String, Value>>,
 }
 
 fn gelu() -> Activation {
@@ -112,38 +113,14 @@ impl BertConfig {
             ("max_position_embeddings", cfg.max_position_embeddings),
             ("type_vocab_size", cfg.type_vocab_size),
         ];
-        const LARGEST: usize = 1 << 24; // far beyond any model, and products of three still fit 64 bits
-        let invalid = |field: &str, reason: String| SessionError::Config { field: field.to_string(), reason };
-        if let Some((field, size)) = sizes.into_iter().find(|(_, size)| !(1..=LARGEST).contains(size)) {
-            return Err(invalid(field, format!("{size} is not in 1..={LARGEST}")));
-        }
-        if !cfg.hidden_size.is_multiple_of(cfg.num_attention_heads) {
-            let reason =
-                format!("{} is not a multiple of num_attention_heads, {}", cfg.hidden_size, cfg.num_attention_heads);
-            return Err(invalid("hidden_size", reason));
-        }
-        if !(cfg.layer_norm_eps.is_finite() && cfg.layer_norm_eps >= 0.) {
-            return Err(invalid("layer_norm_eps", format!("{} is not a number of 0 or more", cfg.layer_norm_eps)));
-        }
-        let unsupported = [
-            (
-                "position_embedding_type",
-                cfg.position_embedding_type.as_deref().is_some_and(|kind| kind != "absolute"),
-                "absolute",
-            ),
-            ("is_decoder", cfg.is_decoder == Some(true), "false"),
-            ("add_cross_attention", cfg.add_cross_attention == Some(true), "false"),
-            ("pruned_heads", cfg.pruned_heads.as_ref().is_some_and(|heads| !heads.is_empty()), "{}"),
-        ];
-        match unsupported.into_iter().find(|(_, refused, _)| *refused) {
-            Some((field, _, supported)) => Err(SessionError::UnsupportedConfig {
-                family: spec.family.clone(),
-                field: field.to_string(),
-                value: spec.config[field].to_string(),
-                supported: supported.to_string(),
-            }),
-            None => Ok(cfg),
-        }
+        config::sizes(&sizes)?;
+        config::multiple(("hidden_size", cfg.hidden_size), ("num_attention_heads", cfg.num_attention_heads))?;
+        config::not_negative(&[("layer_norm_eps", cfg.layer_norm_eps)])?;
+        config::refuse_unless(spec, "position_embedding_type", &["absolute".into()])?;
+        config::refuse_unless(spec, "is_decoder", &[false.into()])?;
+        config::refuse_unless(spec, "add_cross_attention", &[false.into()])?;
+        config::refuse_unless(spec, "pruned_heads", &[json!({})])?;
+        Ok(cfg)
     }
 
     fn layer_norm(&self, vb: VarBuilder) -> Result<LayerNorm> {
@@ -228,11 +205,7 @@ impl HeadKind {
             "BertModel" => Ok(Self::Pooler),
             "BertForMaskedLM" => Ok(Self::MaskedLm),
             "BertForSequenceClassification" => Ok(Self::Classifier { labels: label_count(&spec.config)? }),
-            _ => Err(SessionError::UnsupportedClass {
-                family: spec.family.clone(),
-                class: spec.class.clone(),
-                supported: CLASSES.join(", "),
-            }),
+            _ => Err(config::unsupported_class(spec, CLASSES)),
         }
     }
 }
@@ -262,7 +235,7 @@ impl Head {
                 let vb = vb.pp("cls.predictions");
                 let bias = vb.get(cfg.vocab_size, "bias")?;
                 let decoder = if cfg.tie_word_embeddings {
-                    Linear::new(words.weight(), Some(&bias))?
+                    words.output(Some(&bias))?
                 } else {
                     // such a checkpoint has `bias` as well, but the class adds the decoder's own
                     Linear::load(hidden, cfg.vocab_size, true, vb.pp("decoder"))?
@@ -439,19 +412,10 @@ pub(crate) fn forward_cost(cfg: &BertConfig, head: Option<HeadKind>, shape: [usi
     embeddings + layer * cfg.num_hidden_layers as u64 + head
 }
 
-const fn rename(pattern: &'static str, replacement: &'static str, applies: AliasScope) -> AliasRule {
-    AliasRule { pattern, replacement: Some(replacement), applies }
-}
-
-const fn drop(pattern: &'static str, applies: AliasScope) -> AliasRule {
-    AliasRule { pattern, replacement: None, applies }
-}
-
 #[cfg(test)]
 mod tests {
     use candle_core::{DType, Device};
     use roofbench_core::session::Engine;
-    use serde_json::json;
 
     use super::*;
 

@@ -12,7 +12,7 @@ use std::f64::consts::TAU;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use roofbench_core::cost::{self, Cost, Norm, PhaseCost};
-use roofbench_core::inputs::Inputs;
+use roofbench_core::inputs::{Inputs, unsupported_method};
 use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Result, Session, SessionError, Tensors};
 use roofbench_core::weights::{AliasRule, AliasScope};
 use roofbench_nn::activation::Activation;
@@ -972,12 +972,14 @@ impl<'a> Request<'a> {
             Ok(pixels)
         };
         if call.method == "get_image_embeddings" {
-            let inputs = Inputs::of("get_image_embeddings", call, &["pixel_values"], &[])?;
+            let inputs = Inputs::of_any_method(call, &["pixel_values"])?;
+            if let Some(name) = call.arguments.keys().next() {
+                return Err(SessionError::input(name, "is not supported for this method; supported: pixel_values"));
+            }
             return pixels(&inputs).map(Self::Embed);
         }
         if call.method != "forward" {
-            let reason = format!("`{}` is not supported; supported: forward, get_image_embeddings", call.method);
-            return Err(SessionError::input("method", reason));
+            return Err(unsupported_method(call, "forward, get_image_embeddings"));
         }
         let tensors =
             ["pixel_values", "image_embeddings", "input_points", "input_labels", "input_boxes", "input_masks"];

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use roofbench_core::classify::label_count;
+use roofbench_core::config;
 use roofbench_core::cost::{self, Cost, Norm, PhaseCost};
 use roofbench_core::inputs::Inputs;
 use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Result, Session, SessionError, Tensors};
@@ -102,7 +103,6 @@ impl ViTConfig {
     /// Names the field that is missing or malformed, or contradicts another.
     pub fn from_spec(spec: &ModelSpec) -> Result<Self, SessionError> {
         let cfg: Self = spec.parse_config()?;
-        let invalid = |field: &str, reason: String| SessionError::Config { field: field.to_owned(), reason };
         let sizes = [
             ("hidden_size", cfg.hidden_size),
             ("num_hidden_layers", cfg.num_hidden_layers),
@@ -115,20 +115,10 @@ impl ViTConfig {
             ("num_channels", cfg.num_channels),
             ("pooler_output_size", cfg.pooler_size()),
         ];
-        // far beyond any model, and the product of three still fits 64 bits
-        const LARGEST: usize = 1 << 20;
-        if let Some((field, size)) = sizes.into_iter().find(|(_, size)| !(1..=LARGEST).contains(size)) {
-            return Err(invalid(field, format!("{size} is not in 1..={LARGEST}")));
-        }
-        if !cfg.hidden_size.is_multiple_of(cfg.num_attention_heads) {
-            let heads = cfg.num_attention_heads;
-            return Err(invalid(
-                "hidden_size",
-                format!("{} is not a multiple of num_attention_heads, {heads}", cfg.hidden_size),
-            ));
-        }
+        config::sizes(&sizes)?;
+        config::multiple(("hidden_size", cfg.hidden_size), ("num_attention_heads", cfg.num_attention_heads))?;
         if cfg.patches(cfg.image_size).contains(&0) {
-            return Err(invalid("patch_size", "is larger than image_size".to_owned()));
+            return Err(config::invalid("patch_size", "is larger than image_size"));
         }
         Ok(cfg)
     }
@@ -240,11 +230,7 @@ impl HeadKind {
         match spec.class.as_str() {
             "ViTModel" => Ok(Self::Pooler),
             "ViTForImageClassification" => Ok(Self::Classifier { labels: label_count(&spec.config)? }),
-            _ => Err(SessionError::UnsupportedClass {
-                family: spec.family.clone(),
-                class: spec.class.clone(),
-                supported: CLASSES.join(", "),
-            }),
+            _ => Err(config::unsupported_class(spec, CLASSES)),
         }
     }
 }
