@@ -1365,7 +1365,7 @@ mod tests {
         let embed = Call { method: "get_image_embeddings".into(), ..call(&[pixels(2)]) };
         let embeddings = sam.call(&embed, &mut Unobserved)?.remove("image_embeddings").expect("embeddings");
         assert_eq!(embeddings.dims(), [2, 16, 3, 3]);
-        let points = ("input_points", (values("points", &[2, 3, 2, 2])? * 12.0)?);
+        let points = ("input_points", (values("points", &[2, 3, 2, 2]) * 12.0)?);
         let at_once = sam.call(&call(&[pixels(2), points.clone()]), &mut Unobserved)?;
         assert_eq!(at_once["pred_masks"].dims(), [2, 3, 3, 12, 12]);
         assert_eq!(at_once["iou_scores"].dims(), [2, 3, 3]);
@@ -1444,8 +1444,8 @@ mod tests {
         // the image encoder's published 89 670 912 parameters, each read once
         assert_eq!(cost.weight_bytes, 4 * 89_670_912);
         // multiply-adds by hand: products of 4096 tokens, attention over 196 and 4096 keys
-        let products = 12 * 12 * 4096 * 768 * 768;
-        let attention = 2 * 4096 * 768 * (8 * 196 + 4 * 4096);
+        let products = 12 * 12 * 4096 * 768 * 768u64;
+        let attention = 2 * 4096 * 768 * (8 * 196 + 4 * 4096u64);
         let ratio = cost.flops as f64 / (2.0 * (products + attention) as f64);
         // patches, neck, relative positions, norms, softmax and GELU are the rest
         assert!((1.0..1.03).contains(&ratio), "{} FLOP, {ratio}", cost.flops);

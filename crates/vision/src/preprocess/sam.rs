@@ -190,16 +190,12 @@ impl SamProcessor {
         let Some(masks) = inputs.get("pred_masks") else {
             return Err(SessionError::input("pred_masks", "is missing"));
         };
-        let (pictures, prompts, each) = match *masks.dims() {
-            [pictures, prompts, each, height, width] if pictures * prompts * each * height * width > 0 => {
-                (pictures, prompts, each)
-            }
-            ref shape => {
-                let expected = "(batch, prompts, masks, height, width), none of them 0";
-                return Err(SessionError::input("pred_masks", format!("has shape {shape:?}, expected {expected}")));
-            }
-        };
-        let sizes = |name: &str| sizes(name, inputs, arguments, pictures);
+        if masks.rank() != 5 || masks.elem_count() == 0 {
+            let expected = "(batch, prompts, masks, height, width), none of them 0";
+            let reason = format!("has shape {:?}, expected {expected}", masks.dims());
+            return Err(SessionError::input("pred_masks", reason));
+        }
+        let sizes = |name: &str| sizes(name, inputs, arguments, masks.dims()[0]);
         let (original, reshaped) = (sizes("original_sizes")?, sizes("reshaped_input_sizes")?);
         let pad_size = match arguments.get("pad_size").filter(|size| !size.is_null()) {
             None => self.pad_size,
@@ -227,9 +223,7 @@ impl SamProcessor {
             let filled = bilinear(&masks.get(i)?, pad_size.into(), false)?;
             let cut = filled.narrow(2, 0, reshaped[0])?.narrow(3, 0, reshaped[1])?;
             let mask = bilinear(&cut, original.into(), false)?; // (prompts, masks, height, width)
-            let mask = if binarize { mask.gt(threshold)? } else { mask };
-            debug_assert_eq!(mask.dims(), [prompts, each, original[0], original[1]]);
-            outputs.insert(format!("masks.{i}"), mask);
+            outputs.insert(format!("masks.{i}"), if binarize { mask.gt(threshold)? } else { mask });
         }
         Ok(outputs)
     }
