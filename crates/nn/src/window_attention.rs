@@ -181,7 +181,7 @@ impl WindowAttention {
                 None => Tensor::zeros((1, 1, width), x.dtype(), x.device())?,
             };
             let x = Tensor::cat(&[x, &row.broadcast_as((batch, 1, width))?.contiguous()?], 1)?;
-            x.index_select(&ids, 1)?.reshape((batch * windows, positions, width))
+            x.contiguous()?.index_select(&ids, 1)?.reshape((batch * windows, positions, width))
         };
         let outside = |i: usize| self.outside.as_ref().map(|rows| &rows[i]);
         let (q, k, v) = (cut(q, None)?, cut(k, outside(0))?, cut(v, outside(1))?);
@@ -203,7 +203,7 @@ impl WindowAttention {
                 places[*token as usize] = place;
             }
         }
-        y.index_select(&Tensor::new(places, y.device())?, 1)
+        y.contiguous()?.index_select(&Tensor::new(places, y.device())?, 1)
     }
 
     /// (windows, heads, queries, keys) from the queries of windows.
