@@ -445,7 +445,7 @@ impl Attention {
 }
 
 /// A tensor (batch, rows, width) whose rows are contiguous.
-fn strided<'a>((storage, layout): (&'a CpuStorage, &Layout)) -> Result<kernel::Strided<'a>> {
+pub(crate) fn strided<'a>((storage, layout): (&'a CpuStorage, &Layout)) -> Result<kernel::Strided<'a>> {
     let data = storage.as_slice::<f32>()?.get(layout.start_offset()..).unwrap_or_default();
     Ok(kernel::Strided { data, batch: layout.stride()[0], row: layout.stride()[1] })
 }

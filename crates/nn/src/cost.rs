@@ -101,10 +101,15 @@ pub(crate) fn attention(
     };
     let pairs = (0..queries).map(visible).sum::<u64>() * (batch * heads) as u64;
     Recorded {
-        flops: pairs * (4 * head_dim as u64 + SOFTMAX_FLOPS),
+        flops: attention_flops(pairs, head_dim as u64),
         weight_bytes: 0,
         activation_bytes: (batch * queries * heads * head_dim * element_bytes) as u64,
     }
+}
+
+/// Both products and softmax over pairs of a query and a key, counted for every head.
+pub(crate) fn attention_flops(pairs: u64, head_dim: u64) -> u64 {
+    pairs * (4 * head_dim + SOFTMAX_FLOPS)
 }
 
 #[cfg(test)]

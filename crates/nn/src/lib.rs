@@ -24,3 +24,4 @@ pub mod pooling;
 pub mod relative_bias;
 pub mod resize;
 pub mod rope;
+pub mod window_attention;

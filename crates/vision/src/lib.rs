@@ -65,10 +65,11 @@ pub use roofbench_core::session::{
 pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, WeightsError};
 pub use serde_json;
 
-use models::{convnext, detr, resnet, swin, upstream, vit};
+use models::{convnext, detr, dinov2, resnet, sam, swin, upstream, vit};
 
 /// The families of the catalog that this crate runs.
-pub const FAMILIES: &[&str] = &["vit", "convnext", "swin", "resnet", "detr"];
+pub const FAMILIES: &[&str] = &["vit", "convnext", "resnet", "detr", "sam", "dinov2", "swin"];
+
 /// The `transformers` classes of `family` that run; none for a family that is not one of [`FAMILIES`].
 pub fn classes(family: &str) -> &'static [&'static str] {
     match family {
@@ -77,6 +78,8 @@ pub fn classes(family: &str) -> &'static [&'static str] {
         "swin" => swin::CLASSES,
         "resnet" => resnet::CLASSES,
         "detr" => detr::CLASSES,
+        "sam" => sam::CLASSES,
+        "dinov2" => dinov2::CLASSES,
         _ => &[],
     }
 }
@@ -89,6 +92,8 @@ pub fn aliases(family: &str) -> &'static [AliasRule] {
         "swin" => swin::ALIASES,
         "resnet" => resnet::ALIASES,
         "detr" => detr::ALIASES,
+        "sam" => sam::ALIASES,
+        "dinov2" => dinov2::ALIASES,
         _ => &[],
     }
 }
@@ -113,12 +118,15 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
             family: spec.family.clone(),
             reason: "candle-transformers has no such model; use the engine roofbench".to_owned(),
         }),
+        ("sam", Engine::Roofbench) => Ok(Box::new(sam::SamModel::load(spec, vb)?)),
+        ("dinov2", Engine::Roofbench) => Ok(Box::new(dinov2::Dinov2Model::load(spec, vb)?)),
+        (family @ ("sam" | "dinov2"), Engine::CandleTransformers) => Err(upstream::other_names(family)),
         (family, _) => Err(unknown_family(family)),
     }
 }
 
 /// The picture processor of a family; `configs` are the `*config.json` files of its repository by name, of which
-/// `preprocessor_config.json` is read.
+/// `preprocessor_config.json` is read, or else `image_processor` of `processor_config.json`.
 ///
 /// # Errors
 /// Names the family, or the field of `preprocessor_config.json` at fault.
@@ -126,12 +134,14 @@ pub fn processor(family: &str, configs: &BTreeMap<String, Value>) -> Result<Box<
     if !FAMILIES.contains(&family) {
         return Err(unknown_family(family));
     }
-    let Some(config) = configs.get("preprocessor_config.json") else {
+    let nested = || configs.get("processor_config.json")?.get("image_processor");
+    let Some(config) = configs.get("preprocessor_config.json").or_else(nested) else {
         let reason = "the file is missing; the repository of a checkpoint has it beside config.json".to_owned();
         return Err(SessionError::Preprocessor { field: ".".to_owned(), reason });
     };
     Ok(match family {
         "detr" => Box::new(detection::DetectionProcessor::from_config(config, family)?),
+        "sam" => Box::new(preprocess::sam::SamProcessor::from_config(config)?),
         _ => Box::new(preprocess::ImageProcessor::from_config(config, family)?),
     })
 }

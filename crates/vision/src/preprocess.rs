@@ -18,6 +18,8 @@ use serde_json::Value;
 use crate::image_io::{MAX_PIXELS, Transparency, load_rgb};
 use crate::resize::{Filter, resize};
 
+pub mod sam;
+
 /// Defaults of a processor class.
 struct Kind {
     /// Its name without `ImageProcessor` or `FeatureExtractor`.
@@ -38,6 +40,8 @@ struct Kind {
     crop_pct: Option<f64>,
     /// Pictures of a batch are padded to one size, and a mask says where there is a picture.
     pad: bool,
+    /// The size names the longer side, and a class of its own fills pictures up.
+    longest_edge: bool,
 }
 
 const HALF: [f64; 3] = [0.5; 3];
@@ -58,6 +62,7 @@ const VIT: Kind = Kind {
     convert_rgb: false,
     crop_pct: None,
     pad: false,
+    longest_edge: false,
 };
 const CLIP: Kind = Kind {
     name: "CLIP",
@@ -71,6 +76,7 @@ const CLIP: Kind = Kind {
     convert_rgb: true,
     crop_pct: None,
     pad: false,
+    longest_edge: false,
 };
 
 /// Every processor that is known. A new one is its difference from one of these.
@@ -97,6 +103,17 @@ const KINDS: &[Kind] = &[
         pad: true,
         ..VIT
     },
+    Kind {
+        name: "Sam",
+        models: &["sam"],
+        size: Size::LongestEdge(1024),
+        number_is_square: true,
+        mean: IMAGENET_MEAN,
+        std: IMAGENET_STD,
+        convert_rgb: true,
+        longest_edge: true,
+        ..VIT
+    },
     Kind { name: "Blip", models: &["blip"], size: Size::Exact([384, 384]), number_is_square: true, crop: None, ..CLIP },
 ];
 
@@ -109,6 +126,8 @@ enum Size {
     ShortestEdge(u32),
     /// The shorter side, unless the longer one would exceed `longest`.
     Within { shortest: u32, longest: u32 },
+    /// The longer side; the other follows.
+    LongestEdge(u32),
 }
 
 impl Size {
@@ -120,6 +139,10 @@ impl Size {
             if width <= height { [scaled(edge, height, width), short] } else { [short, scaled(edge, width, height)] }
         };
         match self {
+            Self::LongestEdge(edge) => {
+                let scale = f64::from(edge) / f64::from(height.max(width));
+                [height, width].map(|side| (f64::from(side) * scale + 0.5) as u64)
+            }
             Self::Exact([height, width]) => [height.into(), width.into()],
             Self::ShortestEdge(edge) => by_short(edge.into(), edge.into()),
             Self::Within { shortest, longest } => {
@@ -206,11 +229,12 @@ impl SizeField {
                 match named[..] {
                     [("height", height), ("width", width)] => Size::Exact([height, width]),
                     [("shortest_edge", edge)] => Size::ShortestEdge(edge),
+                    [("longest_edge", edge)] => Size::LongestEdge(edge),
                     [("longest_edge", longest), ("shortest_edge", shortest)] => Size::Within { shortest, longest },
                     _ => {
                         let keys: Vec<&str> = named.iter().map(|(key, _)| *key).collect();
                         let reason = format!(
-                            "has the keys {keys:?}; supported: height and width, shortest_edge, \
+                            "has the keys {keys:?}; supported: height and width, shortest_edge, longest_edge, \
                              shortest_edge and longest_edge"
                         );
                         return refuse(field, reason);
@@ -220,7 +244,7 @@ impl SizeField {
         };
         let sides = match size {
             Size::Exact(sides) => sides,
-            Size::ShortestEdge(edge) => [edge, edge],
+            Size::ShortestEdge(edge) | Size::LongestEdge(edge) => [edge, edge],
             Size::Within { shortest, longest } => [shortest, longest],
         };
         if sides.contains(&0) || sides.iter().map(|side| u64::from(*side)).product::<u64>() > MAX_PIXELS {
@@ -275,6 +299,7 @@ impl ImageProcessor {
         let kind = kind(&config, model)?;
         let pad = match (config.do_pad.or(config.pad_and_return_pixel_mask).unwrap_or(kind.pad), &config.pad_size) {
             (false, _) => None,
+            (true, _) if kind.longest_edge => None,
             (true, _) if !kind.pad => return refuse("do_pad", format!("true is not supported for {}", kind.name)),
             (true, None) => Some(Pad::Largest),
             (true, Some(size)) => match size.read("pad_size", |side| Size::Exact([side, side]))? {
@@ -489,6 +514,10 @@ fn resize_target(config: &Config, kind: &Kind, crops: &mut Vec<[u32; 2]>) -> Res
         Some(size) => size.read("size", number)?,
         None => kind.size,
     };
+    if matches!(size, Size::LongestEdge(_)) != kind.longest_edge {
+        let (name, not) = (kind.name, if kind.longest_edge { "needs" } else { "is not supported with" });
+        return refuse("size", format!("{not} longest_edge alone for {name}"));
+    }
     let Some(default_pct) = kind.crop_pct else { return Ok(size) };
     let Size::ShortestEdge(edge) = size else {
         return refuse("size", format!("needs shortest_edge alone for {}", kind.name));
@@ -589,6 +618,8 @@ mod tests {
     fn sizes_are_rounded_as_python_rounds_them() {
         assert_eq!(Size::ShortestEdge(32).for_picture(43, 57), [32, 42]); // 42.4
         assert_eq!(Size::ShortestEdge(32).for_picture(57, 43), [42, 32]);
+        assert_eq!(Size::LongestEdge(48).for_picture(43, 57), [36, 48]); // 36.2
+        assert_eq!(Size::LongestEdge(48).for_picture(31, 20), [48, 31]); // 30.97
         let within = Size::Within { shortest: 24, longest: 40 };
         assert_eq!(within.for_picture(43, 57), [24, 31]); // 31.8
         assert_eq!(within.for_picture(70, 31), [40, 18]); // 17.7 to the nearest, the long side from the exact quotient
@@ -628,6 +659,8 @@ mod tests {
             (json!({"size": {"height": 24}}), "vit", "size"),
             (json!({"size": {"height": 24, "width": 24, "shortest_edge": 24}}), "vit", "size"),
             (json!({"size": {"height": 24, "width": 24}}), "convnext", "size"),
+            (json!({"size": {"longest_edge": 24}}), "vit", "size"),
+            (json!({"size": 24}), "sam", "size"),
             (json!({"resample": 9}), "vit", "resample"),
             (json!({"do_center_crop": true}), "vit", "crop_size"),
             (json!({"do_center_crop": true, "crop_size": {"shortest_edge": 9}}), "vit", "crop_size"),

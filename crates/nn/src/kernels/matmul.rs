@@ -1265,7 +1265,8 @@ mod tests {
         let copied: Vec<f32> = index.iter().flat_map(row).copied().collect();
         for isa in Isa::available() {
             let halves: Vec<bf16> = weights.iter().map(|w| bf16::from_f32(*w)).collect();
-            let pairs = pair_products(isa).into_iter().map(|p| PackedMatrix::pack_pairs(isa, p, &halves, n, k).unwrap());
+            let pairs =
+                pair_products(isa).into_iter().map(|p| PackedMatrix::pack_pairs(isa, p, &halves, n, k).unwrap());
             let plain = PackedMatrix::pack_for(isa, Weights::F32(&weights), n, k).unwrap();
             for (packed, m) in pairs.chain([plain]).flat_map(|packed| {
                 let packed = std::rc::Rc::new(packed);
