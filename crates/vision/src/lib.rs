@@ -110,14 +110,12 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
         ("convnext", Engine::Roofbench) => Ok(Box::new(convnext::ConvNextModel::load(spec, vb)?)),
         ("convnext", Engine::CandleTransformers) => Ok(Box::new(upstream::convnext::StockConvNext::load(spec, vb)?)),
         ("swin", Engine::Roofbench) => Ok(Box::new(swin::SwinModel::load(spec, vb)?)),
-        ("swin", Engine::CandleTransformers) => Err(unsupported_engine("swin", "candle-transformers has no Swin")),
         ("resnet", Engine::Roofbench) => Ok(Box::new(resnet::ResNetModel::load(spec, vb)?)),
         ("resnet", Engine::CandleTransformers) => Ok(Box::new(upstream::StockResNet::load(spec, vb)?)),
         ("detr", Engine::Roofbench) => Ok(Box::new(detr::DetrModel::load(spec, vb)?)),
-        ("detr", Engine::CandleTransformers) => Err(SessionError::UnsupportedEngine {
-            family: spec.family.clone(),
-            reason: "candle-transformers has no such model; use the engine roofbench".to_owned(),
-        }),
+        (family @ ("swin" | "detr"), Engine::CandleTransformers) => {
+            Err(unsupported_engine(family, "candle-transformers has no such model; run it without --engine"))
+        }
         ("sam", Engine::Roofbench) => Ok(Box::new(sam::SamModel::load(spec, vb)?)),
         ("dinov2", Engine::Roofbench) => Ok(Box::new(dinov2::Dinov2Model::load(spec, vb)?)),
         (family @ ("sam" | "dinov2"), Engine::CandleTransformers) => Err(upstream::other_names(family)),
