@@ -186,6 +186,50 @@ impl SelfAttention {
     }
 }
 
+/// Self-attention of the first rows alone, which see all: for a last layer of which no other row is used.
+#[derive(Clone)]
+pub struct FirstRows {
+    q: Linear,
+    kv: Linear,
+    attention: Attention,
+    rows: usize,
+}
+
+impl FirstRows {
+    /// As [`SelfAttention::load`], for the first `rows` rows of each item.
+    ///
+    /// # Errors
+    /// As there, and when the pattern hides keys.
+    pub fn load(
+        dim: usize,
+        attention: Attention,
+        names: [&str; 3],
+        bias: bool,
+        vb: VarBuilder<'_>,
+        rows: usize,
+    ) -> Result<Self> {
+        if attention.pattern != Pattern::Full {
+            bail!("FirstRows: queries that are not the last see all keys, or none can be said to; {attention:?}")
+        }
+        let [queries, keys] = [attention.heads, attention.kv_heads].map(|heads| heads * attention.head_dim);
+        let q = Linear::load(dim, queries, bias, vb.pp(names[0]))?;
+        let kv = Linear::load_fused(dim, &[(names[1], keys), (names[2], keys)], bias, vb)?;
+        Ok(Self { q, kv, attention, rows })
+    }
+
+    /// # Shapes
+    /// (batch, seq, dim) → (batch, rows, heads · head_dim).
+    ///
+    /// # Errors
+    /// As for [`Linear::forward`] and [`Attention::forward`].
+    pub fn forward(&self, x: &Tensor, mask: Option<&Mask>) -> Result<Tensor> {
+        let q = self.q.forward(&x.narrow(1, 0, self.rows)?.contiguous()?)?;
+        let kv = self.kv.forward(x)?;
+        let width = self.attention.kv_heads * self.attention.head_dim;
+        self.attention.forward(&q, &kv.narrow(2, 0, width)?, &kv.narrow(2, width, width)?, mask)
+    }
+}
+
 /// Sizes of one call.
 #[derive(Debug, Clone, Copy)]
 struct Sizes {
@@ -370,6 +414,30 @@ mod tests {
         let difference = (fused - plain)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
         // sums of some hundred products of size 1 in another order
         assert!(difference < 1e-5, "{attention:?}: {difference}");
+        Ok(())
+    }
+
+    #[test]
+    fn first_rows_are_those_of_all() -> Result<()> {
+        let wave = |shape: (usize, usize), k: f32| {
+            let data = (0..shape.0 * shape.1).map(|i| (i as f32 * k).sin()).collect::<Vec<_>>();
+            Tensor::from_vec(data, shape, &Device::Cpu)
+        };
+        let weights =
+            [("q", 0.3), ("k", 0.7), ("v", 0.9)].map(|(name, k)| Ok((format!("{name}.weight"), wave((8, 6), k)?)));
+        let weights = weights.into_iter().collect::<Result<_>>()?;
+        let vb = VarBuilder::from_tensors(weights, DType::F32, &Device::Cpu);
+        let attention = Attention { heads: 2, kv_heads: 2, head_dim: 4, scale: None, pattern: Pattern::Full };
+        let x = wave((3 * 7, 6), 1.1)?.reshape((3, 7, 6))?;
+        let mask =
+            Mask::padding(&Tensor::new(&[[1u8; 7], [1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 1]], &Device::Cpu)?)?;
+        let names = ["q", "k", "v"];
+        let all = SelfAttention::load(6, attention, names, false, vb.clone())?.forward(&x, mask.as_ref())?;
+        let first = FirstRows::load(6, attention, names, false, vb.clone(), 2)?.forward(&x, mask.as_ref())?;
+        let error = (all.narrow(1, 0, 2)? - first)?.abs()?.max_all()?.to_scalar::<f32>()?;
+        assert!(error < 1e-6, "{error}");
+        let causal = Attention { pattern: Pattern::Causal, ..attention };
+        assert!(FirstRows::load(6, causal, names, false, vb, 2).is_err());
         Ok(())
     }
 

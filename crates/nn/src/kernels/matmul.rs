@@ -678,6 +678,22 @@ pub(super) unsafe fn finish<S: Simd>(
 
 #[inline(always)]
 unsafe fn finish_with<S: Simd>(activation: Activation, staged: *const f32, height: usize, columns: usize, out: &Out) {
+    // what most tiles are: whole, and nothing but a bias before the activation
+    if let (Some(bias), false, None) = (out.bias, out.add, out.residual)
+        && columns == VECTORS * S::LANES
+    {
+        // SAFETY: the caller's.
+        unsafe {
+            let bias: [S::F; VECTORS] = std::array::from_fn(|j| S::load(bias.add(j * S::LANES)));
+            for i in 0..height {
+                for (j, bias) in bias.iter().enumerate() {
+                    let sum = S::add(S::load(staged.add((i * VECTORS + j) * S::LANES)), *bias);
+                    S::store(out.c.add(i * out.stride + j * S::LANES), math::activate::<S>(activation, sum));
+                }
+            }
+        }
+        return;
+    }
     for i in 0..height {
         for j in 0..columns.div_ceil(S::LANES) {
             let column = j * S::LANES;
