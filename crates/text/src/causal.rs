@@ -237,9 +237,14 @@ impl<M: CausalLm> Session for CausalSession<M> {
 }
 
 /// Prefill of (batch, seq) rows and the decoding of `new_tokens` tokens, the first of which the prefill gives.
-pub fn generate_cost(model: &impl CausalLm, [batch, seq]: [u64; 2], new_tokens: u64) -> Vec<PhaseCost> {
-    let prefill = model.cost(Pass { batch, seq, cached: 0, logits: 1 });
-    let step = |made| model.cost(Pass { batch, seq: 1, cached: seq + made - 1, logits: 1 });
+pub fn generate_cost(model: &impl CausalLm, shape: [u64; 2], new_tokens: u64) -> Vec<PhaseCost> {
+    generate_cost_by(|pass| model.cost(pass), shape, new_tokens)
+}
+
+/// The same of a decoder whose passes cost what `cost` says.
+pub(crate) fn generate_cost_by(cost: impl Fn(Pass) -> Cost, [batch, seq]: [u64; 2], new_tokens: u64) -> Vec<PhaseCost> {
+    let prefill = cost(Pass { batch, seq, cached: 0, logits: 1 });
+    let step = |made| cost(Pass { batch, seq: 1, cached: seq + made - 1, logits: 1 });
     let decode = (1..new_tokens).map(step).sum();
     let phases = [(Phase::Prefill, 1, prefill), (Phase::Decode, new_tokens - 1, decode)];
     let there = phases.into_iter().filter(|(_, repeats, _)| *repeats > 0);

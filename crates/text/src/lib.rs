@@ -51,16 +51,19 @@ pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, Weight
 pub use serde_json;
 
 use causal::{CausalLm, CausalSession};
-use models::{bert, llama, upstream};
+use models::{bert, falcon, gpt2, llama, mpt, upstream};
 
 /// The families that run.
-pub const FAMILIES: &[&str] = &["bert", "llama"];
+pub const FAMILIES: &[&str] = &["bert", "gpt2", "llama", "falcon", "mpt"];
 
 /// The `transformers` classes of `family` that run; none for a family that is not one of [`FAMILIES`].
 pub fn classes(family: &str) -> &'static [&'static str] {
     match family {
         "bert" => bert::CLASSES,
+        "gpt2" => gpt2::CLASSES,
         "llama" => llama::CLASSES,
+        "falcon" => falcon::CLASSES,
+        "mpt" => mpt::CLASSES,
         _ => &[],
     }
 }
@@ -69,7 +72,10 @@ pub fn classes(family: &str) -> &'static [&'static str] {
 pub fn aliases(spec: &ModelSpec) -> &'static [AliasRule] {
     match spec.family.as_str() {
         "bert" => bert::aliases(spec),
+        "gpt2" => gpt2::aliases(spec),
         "llama" => llama::ALIASES,
+        "falcon" => falcon::aliases(spec),
+        "mpt" => mpt::aliases(spec),
         _ => &[],
     }
 }
@@ -86,7 +92,16 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
     match (spec.family.as_str(), spec.engine) {
         ("bert", Engine::Roofbench) => Ok(Box::new(bert::BertModel::load(spec, vb)?)),
         ("bert", Engine::CandleTransformers) => Ok(Box::new(upstream::Bert::load(spec, vb)?)),
+        ("gpt2", Engine::Roofbench) => causal(gpt2::load(spec, vb)?, spec),
         ("llama", Engine::Roofbench) => causal(llama::LlamaModel::load(spec, vb)?, spec),
+        ("falcon", Engine::Roofbench) => causal(falcon::load(spec, vb)?, spec),
+        ("falcon", Engine::CandleTransformers) => Ok(Box::new(upstream::Falcon::load(spec, vb)?)),
+        ("mpt", Engine::Roofbench) => causal(mpt::load(spec, vb)?, spec),
+        ("mpt", Engine::CandleTransformers) => Err(SessionError::UnsupportedEngine {
+            family: spec.family.clone(),
+            reason: "candle-transformers has it in the size of replit-code-v1_5-3b alone; use --engine roofbench"
+                .to_owned(),
+        }),
         (family, Engine::CandleTransformers) if FAMILIES.contains(&family) => Err(SessionError::UnsupportedEngine {
             family: family.to_string(),
             reason: "candle-transformers is not wrapped for it; use --engine roofbench".to_owned(),

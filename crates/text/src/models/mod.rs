@@ -1,5 +1,9 @@
 //! One file per family, and the stock models of `candle-transformers` beside ours.
 
 pub mod bert;
+pub mod falcon;
+pub mod gpt2;
+pub mod layer_norm_decoder;
 pub mod llama;
+pub mod mpt;
 pub(crate) mod upstream;
