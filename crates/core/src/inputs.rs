@@ -215,7 +215,9 @@ mod tests {
         let inputs = Inputs::forward(&call, &["mask"], &[]).unwrap();
         assert!(message(inputs.matrix_like("mask", &like)).contains("[1, 2], input_ids have [1, 3]"));
         assert!(inputs.matrix_like("other", &like).unwrap().is_none());
-        assert!(message(inputs.matrix_as("mask", ("decoder_input_ids", &like))).contains("decoder_input_ids have [1, 3]"));
+        assert!(
+            message(inputs.matrix_as("mask", ("decoder_input_ids", &like))).contains("decoder_input_ids have [1, 3]")
+        );
         assert_eq!(inputs.optional_matrix("mask").unwrap().map(|mask| mask.dims().to_vec()), Some(vec![1, 2]));
         assert!(inputs.optional_matrix("other").unwrap().is_none());
     }

@@ -52,7 +52,8 @@ impl Encoded {
     /// asked the first time only.
     ///
     /// # Shapes
-    /// `q` and the result are (batch, queries, heads · head_dim); `kv_proj` goes from hidden to 2 · kv_heads · head_dim.
+    /// `q` and the result are (batch, queries, heads · head_dim); `kv_proj` goes from hidden to 2 · kv_heads ·
+    /// head_dim.
     ///
     /// # Errors
     /// When there is no such layer; as for [`Linear::forward`] and [`Attention::forward`].

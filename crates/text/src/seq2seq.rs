@@ -1,5 +1,5 @@
-//! Encoder-decoder models as sessions: `forward` over whole sequences and `generate`, where the encoder runs once and each
-//! layer of the decoder makes its keys and values of the encoder's states once.
+//! Encoder-decoder models as sessions: `forward` over whole sequences and `generate`, where the encoder runs once and
+//! each layer of the decoder makes its keys and values of the encoder's states once.
 //!
 //! The decoder's half asks for states alone, so that an encoder of pictures can stand before it as well: see
 //! [`CrossDecoder`] and [`generate`].
@@ -147,8 +147,8 @@ pub fn decoder_prompt(
     Ok(rows)
 }
 
-/// Prefill of a prompt (batch, seq) behind an encoder that costs `encoder`, and the decoding of `new_tokens` tokens, the
-/// first of which the prefill gives. `pass` is the cost of one pass of the decoder.
+/// Prefill of a prompt (batch, seq) behind an encoder that costs `encoder`, and the decoding of `new_tokens` tokens,
+/// the first of which the prefill gives. `pass` is the cost of one pass of the decoder.
 pub fn generate_cost(
     pass: impl Fn(Pass) -> Cost,
     encoder: Cost,
@@ -192,7 +192,10 @@ impl Request {
             }
             decoder_attention_mask = inputs.matrix_as("decoder_attention_mask", ("decoder_input_ids", ids))?;
         } else if call.inputs.contains_key("decoder_attention_mask") {
-            return Err(SessionError::input("decoder_attention_mask", "goes with decoder_input_ids, which are missing"));
+            return Err(SessionError::input(
+                "decoder_attention_mask",
+                "goes with decoder_input_ids, which are missing",
+            ));
         }
         if let Some(mask) = &decoder_attention_mask {
             zero_or_one("decoder_attention_mask", mask)?;

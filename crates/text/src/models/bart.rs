@@ -29,7 +29,11 @@ pub const CLASSES: &[&str] = &["BartForConditionalGeneration"];
 const RULES: &[AliasRule] = &[
     AliasRule::drop(r"^final_logits_bias$", AliasScope::Always),
     // one matrix with four names
-    AliasRule::rename(r"^(model\.)?(encoder|decoder)\.embed_tokens\.weight$", "model.shared.weight", AliasScope::Always),
+    AliasRule::rename(
+        r"^(model\.)?(encoder|decoder)\.embed_tokens\.weight$",
+        "model.shared.weight",
+        AliasScope::Always,
+    ),
     AliasRule::rename(r"^lm_head\.weight$", "model.shared.weight", AliasScope::Always),
     // saved from BartModel
     AliasRule::rename(r"^(encoder|decoder|shared)\.", "model.$1.", AliasScope::Always),
@@ -241,7 +245,10 @@ impl Encoder {
         for layer in &self.layers {
             x = layer.forward(&x, mask.as_ref())?; // (batch, seq, hidden)
         }
-        self.layer_norm.as_ref().map_or(Ok(x.clone()), |norm| norm.forward(&x))
+        match &self.layer_norm {
+            Some(norm) => norm.forward(&x),
+            None => Ok(x),
+        }
     }
 }
 
@@ -345,7 +352,10 @@ impl CrossDecoder for BartDecoder {
         for (i, layer) in self.layers.iter().enumerate() {
             x = layer.forward(i, &x, decoding, encoded)?; // (batch, seq, hidden)
         }
-        self.layer_norm.as_ref().map_or(Ok(x.clone()), |norm| norm.forward(&x))
+        match &self.layer_norm {
+            Some(norm) => norm.forward(&x),
+            None => Ok(x),
+        }
     }
 
     fn logits(&self, x: &Tensor) -> Result<Tensor> {
@@ -477,7 +487,8 @@ pub fn encoder_cost(cfg: &BartConfig, [batch, seq]: [u64; 2], bytes: u64) -> Cos
     rows.embeddings() + layer * cfg.encoder_layers as u64 + rows.last_norm()
 }
 
-/// FLOPs and bytes of one pass of the decoder that sees `states` states an item; `bias` says whether the logits have one.
+/// FLOPs and bytes of one pass of the decoder that sees `states` states an item; `bias` says whether the logits have
+/// one.
 pub fn decoder_cost(cfg: &BartConfig, bias: bool, pass: Pass, states: u64, bytes: u64) -> Cost {
     let Pass { batch, seq, cached, logits } = pass;
     let rows = Rows { cfg, tokens: batch * seq, bytes };
@@ -490,10 +501,8 @@ pub fn decoder_cost(cfg: &BartConfig, bias: bool, pass: Pass, states: u64, bytes
     let self_attention = rows.projection() * 3 // query, key and value
         + attention(cached, cost::causal_pairs(seq, cached))
         + rows.output(rows.hidden());
-    let cross_attention = rows.projection()
-        + made
-        + attention(read, cost::full_pairs(seq, states))
-        + rows.output(rows.hidden());
+    let cross_attention =
+        rows.projection() + made + attention(read, cost::full_pairs(seq, states)) + rows.output(rows.hidden());
     rows.embeddings()
         + (self_attention + cross_attention + rows.feed_forward(cfg.decoder_ffn_dim)) * cfg.decoder_layers as u64
         + rows.last_norm()
@@ -552,7 +561,9 @@ mod tests {
         let message = |field: &str, value: Value| {
             BartConfig::from_spec(&spec(&[(field, value)])).err().map(|e| e.to_string()).unwrap_or_default()
         };
-        assert!(message("tie_word_embeddings", json!(false)).contains("`tie_word_embeddings` = false is not supported"));
+        assert!(
+            message("tie_word_embeddings", json!(false)).contains("`tie_word_embeddings` = false is not supported")
+        );
         assert!(message("decoder_attention_heads", json!(3)).contains("multiple of decoder_attention_heads, 3"));
         assert!(message("encoder_layers", json!(0)).contains("`encoder_layers`: 0 is not in"));
         assert!(message("activation_function", json!("maxout")).contains("`activation_function`"));

@@ -159,8 +159,8 @@ impl T5Config {
         self.scale_decoder_outputs.unwrap_or(self.tie_word_embeddings != Some(false))
     }
 
-    /// Whether the checkpoint holds an output matrix of its own. The library's own config.json says that it is tied even
-    /// where it is not, and then the file decides; synthetic weights, which have every name, follow the config.
+    /// Whether the checkpoint holds an output matrix of its own. The library's own config.json says that it is tied
+    /// even where it is not, and then the file decides; synthetic weights, which have every name, follow the config.
     fn has_own_output(&self, vb: &VarBuilder) -> bool {
         let stored = vb.contains_tensor("lm_head.weight") && !vb.contains_tensor("lm_head.bias");
         self.tie_word_embeddings == Some(false) && vb.contains_tensor("lm_head.weight")
@@ -212,11 +212,7 @@ impl SelfAttention {
     }
 
     /// `x` and the result are (batch, seq, hidden); `attend` gets queries, keys and values (batch, seq, inner).
-    fn forward(
-        &self,
-        x: &Tensor,
-        attend: impl FnOnce(&Attention, [&Tensor; 3]) -> Result<Tensor>,
-    ) -> Result<Tensor> {
+    fn forward(&self, x: &Tensor, attend: impl FnOnce(&Attention, [&Tensor; 3]) -> Result<Tensor>) -> Result<Tensor> {
         let [q, k, v] = self.attention.split(&self.qkv.forward(&self.layer_norm.forward(x)?)?)?;
         self.o.forward_add(&attend(&self.attention, [&q, &k, &v])?, x)
     }
@@ -312,12 +308,13 @@ impl T5Encoder {
     /// # Errors
     /// When the mask has another shape.
     pub fn forward(&self, x: Tensor, attention_mask: Option<&Tensor>) -> Result<Tensor> {
-        let (mut x, seq) = (x.clone(), x.dim(1)?);
+        let seq = x.dim(1)?;
         let mask = Mask::additive(&self.relative_bias.forward(seq, seq)?)?;
         let mask = match attention_mask {
             Some(attention_mask) => mask.with_padding(attention_mask)?,
             None => mask,
         };
+        let mut x = x;
         for (self_attention, feed_forward) in &self.block {
             x = self_attention.forward(&x, |attention, [q, k, v]| attention.forward(q, k, v, Some(&mask)))?;
             x = feed_forward.forward(&x)?;
@@ -545,9 +542,8 @@ impl LayerCost {
         let residual = cost::elementwise(tokens * hidden, 1);
         // gate and up, activation and product; or one product and the activation
         let gates = 1 + u64::from(cfg.is_gated());
-        let feed_forward = linear(hidden, gates * d_ff)
-            + cost::elementwise(tokens * d_ff, gates)
-            + linear(d_ff, hidden) + residual;
+        let feed_forward =
+            linear(hidden, gates * d_ff) + cost::elementwise(tokens * d_ff, gates) + linear(d_ff, hidden) + residual;
         Self {
             norm,
             projection: linear(hidden, inner),
@@ -562,8 +558,8 @@ fn attention_cost(cfg: &T5Config, batch: u64, [queries, cached, visible_pairs]: 
     cost::Attention { batch, heads, kv_heads: heads, head_dim, queries, cached, visible_pairs }.cost(bytes)
 }
 
-/// FLOPs and bytes of the encoder over (batch, seq) embeddings, all of which exist. The biases by position, a number per
-/// bucket and head, are left out.
+/// FLOPs and bytes of the encoder over (batch, seq) embeddings, all of which exist. The biases by position, a number
+/// per bucket and head, are left out.
 pub fn encoder_cost(cfg: &T5Config, [batch, seq]: [u64; 2], bytes: u64) -> Cost {
     let layer = LayerCost::new(cfg, batch * seq, bytes);
     let self_attention = layer.norm
@@ -665,7 +661,9 @@ mod tests {
         };
         assert!(message("d_kv", json!(0)).contains("`d_kv`: 0 is not in"));
         assert!(message("num_decoder_layers", json!(0)).contains("`num_decoder_layers`"));
-        assert!(message("feed_forward_proj", json!("gated-maxout")).contains("`feed_forward_proj`: activation `maxout`"));
+        assert!(
+            message("feed_forward_proj", json!("gated-maxout")).contains("`feed_forward_proj`: activation `maxout`")
+        );
         assert!(message("dense_act_fn", json!("maxout")).contains("`dense_act_fn`"));
         assert!(message("layer_norm_epsilon", json!(-1.0)).contains("`layer_norm_epsilon`"));
     }

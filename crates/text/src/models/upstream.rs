@@ -111,9 +111,9 @@ impl Session for Bert {
 
 /// `T5ForConditionalGeneration`, which only generates, from inputs without padding.
 ///
-/// Its decoder sorts positions into the buckets of an encoder, so from some eight tokens on its logits are not the class's.
-/// It has no cache for the keys and values of the encoder's states and makes them anew for every token; the cost counts
-/// them once, as for ours.
+/// Its decoder sorts positions into the buckets of an encoder, so from some eight tokens on its logits are not the
+/// class's. It has no cache for the keys and values of the encoder's states and makes them anew for every token; the
+/// cost counts them once, as for ours.
 pub(crate) struct T5 {
     cfg: T5Config,
     spec: ModelSpec,
