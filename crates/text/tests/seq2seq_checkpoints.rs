@@ -26,7 +26,7 @@ fn run(spec: &ModelSpec, source: &Source, output: &str) -> (Vec<f32>, Stored) {
     let mut session = load(spec, &weights).unwrap();
     weights.check_complete(false).unwrap();
     let ids = Tensor::new(&[[1i64, 2, 3, 4]], &Device::Cpu).unwrap();
-    let names = ["input_ids", "decoder_input_ids"].into_iter().take(if output == "logits" { 2 } else { 1 });
+    let names = ["input_ids", "decoder_input_ids"].into_iter().take(if output == "last_hidden_state" { 1 } else { 2 });
     let inputs = names.map(|name| (name.to_owned(), ids.clone())).collect();
     let call = Call { method: "forward".into(), inputs, ..Default::default() };
     let outputs = session.call(&call, &mut Unobserved).unwrap();
