@@ -7,6 +7,7 @@ pub mod activation;
 pub mod attention;
 pub mod conv;
 pub mod cost;
+pub mod cross_attention;
 pub mod decoding;
 pub mod embedding;
 pub mod gather;

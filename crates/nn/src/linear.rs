@@ -122,24 +122,37 @@ impl Linear {
     pub fn new_with(weight: &Tensor, bias: Option<&Tensor>, precision: Precision) -> Result<Self> {
         memory::keep_freed_memory();
         let (out_dim, in_dim) = weight.dims2()?;
-        if let Some(bias) = bias
-            && bias.dims() != [out_dim]
-        {
-            bail!("linear: the weight has shape {:?}, the bias {:?}; expected [{out_dim}]", weight.dims(), bias.dims());
-        }
         let weight = match pack_as(&weight.contiguous()?, out_dim, in_dim, precision)? {
-            Some(matrix) => {
-                let bias = bias.map(|bias| bias.to_dtype(DType::F32)?.to_vec1::<f32>()).transpose()?;
-                Weight::Packed { matrix: Arc::new(matrix), bias: bias.map(Arc::from) }
-            }
+            Some(matrix) => Weight::Packed { matrix: Arc::new(matrix), bias: None },
             None if precision != Precision::Native => bail!(
                 "linear: {precision:?} is for weights in f32, bf16 or f16 on the CPU; these are {:?} on {:?}",
                 weight.dtype(),
                 weight.device().location()
             ),
-            None => Weight::Plain { weight: weight.clone(), bias: bias.cloned() },
+            None => Weight::Plain { weight: weight.clone(), bias: None },
         };
-        Ok(Self { in_dim, out_dim, weight })
+        Self { in_dim, out_dim, weight }.with_bias(bias)
+    }
+
+    /// The same weights, which are shared, with another `bias` (out), or with none.
+    ///
+    /// # Errors
+    /// When the bias has another shape.
+    pub fn with_bias(&self, bias: Option<&Tensor>) -> Result<Self> {
+        if let Some(bias) = bias
+            && bias.dims() != [self.out_dim]
+        {
+            let weight = [self.out_dim, self.in_dim];
+            bail!("linear: the weight has shape {weight:?}, the bias {:?}; expected [{}]", bias.dims(), self.out_dim);
+        }
+        let weight = match &self.weight {
+            Weight::Packed { matrix, .. } => {
+                let bias = bias.map(|bias| bias.to_dtype(DType::F32)?.to_vec1::<f32>()).transpose()?;
+                Weight::Packed { matrix: Arc::clone(matrix), bias: bias.map(Arc::from) }
+            }
+            Weight::Plain { weight, .. } => Weight::Plain { weight: weight.clone(), bias: bias.cloned() },
+        };
+        Ok(Self { weight, ..*self })
     }
 
     /// Reads `weight` (out, in) and, if wanted, `bias` (out).
@@ -189,6 +202,14 @@ impl Linear {
     /// Width of the output.
     pub fn out_dim(&self) -> usize {
         self.out_dim
+    }
+
+    /// Whether it adds a bias.
+    pub fn has_bias(&self) -> bool {
+        match &self.weight {
+            Weight::Packed { bias, .. } => bias.is_some(),
+            Weight::Plain { bias, .. } => bias.is_some(),
+        }
     }
 
     /// Bytes that the weights and the bias occupy.
@@ -325,12 +346,8 @@ impl Linear {
 
     fn note_cost(&self, rows: usize, dtype: DType) {
         cost::note(|| {
-            let has_bias = match &self.weight {
-                Weight::Packed { bias, .. } => bias.is_some(),
-                Weight::Plain { bias, .. } => bias.is_some(),
-            };
             let outputs = rows * self.out_dim;
-            let flops = 2 * rows * self.in_dim * self.out_dim + usize::from(has_bias) * outputs;
+            let flops = 2 * rows * self.in_dim * self.out_dim + usize::from(self.has_bias()) * outputs;
             cost::weighted(flops, self.weight_bytes(), outputs * dtype.size_in_bytes())
         });
     }
