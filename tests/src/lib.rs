@@ -50,7 +50,7 @@ impl reference::Models for Models {
         match Modality::of(&spec.family) {
             Modality::Text => roofbench_text::aliases(spec),
             Modality::Vision => roofbench_vision::aliases(&spec.family),
-            Modality::Speech => roofbench_speech::aliases(&spec.family),
+            Modality::Speech => roofbench_speech::aliases(spec),
         }
     }
 

@@ -47,7 +47,7 @@ const MODALITIES: &[Modality] = &[
     Modality {
         families: roofbench_speech::FAMILIES,
         classes: roofbench_speech::classes,
-        aliases: |spec| roofbench_speech::aliases(&spec.family),
+        aliases: roofbench_speech::aliases,
         load: roofbench_speech::load,
         processor: Some(roofbench_speech::processor),
     },
