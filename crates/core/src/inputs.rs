@@ -105,6 +105,25 @@ impl<'a> Inputs<'a> {
         Ok(tensor)
     }
 
+    /// Sounds: floats (batch, samples), neither dimension 0.
+    ///
+    /// # Errors
+    /// It is missing, or has another shape or type.
+    pub fn sounds(&self, name: &str) -> Result<&'a Tensor, SessionError> {
+        let tensor = self.required(name)?;
+        match tensor.dims() {
+            [batch, samples] if batch * samples > 0 => {}
+            shape => {
+                let reason = format!("has shape {shape:?}, expected (batch, samples), neither of them 0");
+                return Err(SessionError::input(name, reason));
+            }
+        }
+        if !tensor.dtype().is_float() {
+            return Err(SessionError::input(name, format!("has type {:?}, expected floats", tensor.dtype())));
+        }
+        Ok(tensor)
+    }
+
     /// A plain argument that is true or false; false when the call leaves it out.
     ///
     /// # Errors
@@ -259,6 +278,19 @@ mod tests {
         assert_eq!(read(&call), format!("input `bool_masked_pos`: {refused}"));
         call.method = "generate".into();
         assert!(read(&call).starts_with("input `method`: `generate`"));
+    }
+
+    #[test]
+    fn shapes_and_types_of_sounds_are_checked() {
+        let read = |shape: &[usize], dtype| {
+            let call = call("input_values", Tensor::zeros(shape, dtype, &Device::Cpu).unwrap());
+            let inputs = Inputs::forward(&call, &["input_values"], &[]).unwrap();
+            inputs.sounds("input_values").err().map(|error| error.to_string()).unwrap_or_default()
+        };
+        assert_eq!(read(&[2, 5], DType::F32), "");
+        assert!(read(&[5], DType::F32).starts_with("input `input_values`: has shape [5], expected (batch, samples)"));
+        assert!(read(&[2, 0], DType::F32).contains("has shape [2, 0]"));
+        assert_eq!(read(&[2, 5], DType::I64), "input `input_values`: has type I64, expected floats");
     }
 
     #[test]

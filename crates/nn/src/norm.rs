@@ -75,18 +75,32 @@ impl LayerNorm {
     /// # Errors
     /// When the last dimension is not `size`.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.forward_act(x, Activation::Identity)
+    }
+
+    /// The activation of the norm.
+    ///
+    /// # Shapes
+    /// `x` and the result are (..., size).
+    ///
+    /// # Errors
+    /// As for [`forward`](Self::forward).
+    pub fn forward_act(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
         let size = self.weight.elem_count();
         check_size("LayerNorm", x, size)?;
         // sum, subtract the mean, square and sum, multiply by the inverse deviation, multiply-add of weight and bias
         note_cost(x, 7, &[&self.weight, &self.bias]);
         if !op::is_cpu_f32(x) {
             let (weight, bias) = (self.weight.to_dtype(x.dtype())?, self.bias.to_dtype(x.dtype())?);
-            return candle_nn::ops::layer_norm(&x.contiguous()?, &weight, &bias, self.eps as f32);
+            let normed = candle_nn::ops::layer_norm(&x.contiguous()?, &weight, &bias, self.eps as f32)?;
+            return activation.forward(&normed);
         }
+        activation.note_cost(x.elem_count());
         op::apply3("layer-norm", [&x.contiguous()?, &self.weight, &self.bias], |[x, w, b]| {
             let (shape, x) = (x.1.shape().clone(), op::elements(x.0, x.1)?);
-            let (w, b) = (op::elements(w.0, w.1)?, op::elements(b.0, b.1)?);
-            Ok((by_rows(x, size, |x, y| layer_norm::layer_norm(x, w, b, self.eps as f32, y)), shape))
+            let parameters = (op::elements(w.0, w.1)?, op::elements(b.0, b.1)?);
+            let eps = self.eps as f32;
+            Ok((by_rows(x, size, |x, y| layer_norm::layer_norm(activation, x, parameters, eps, y)), shape))
         })
     }
 }
@@ -355,6 +369,8 @@ mod tests {
         let wanted = candle_nn::ops::rms_norm(&plain, &weight, 1e-5)?;
         assert!(difference(&rms.forward(&x)?, &wanted)? < 3e-6);
 
+        let wanted = Activation::Gelu.forward(&layer.forward(&x)?)?;
+        assert!(difference(&layer.forward_act(&x, Activation::Gelu)?, &wanted)? < 1e-6);
         let half = x.to_dtype(DType::F16)?;
         assert!(difference(&layer.forward(&half)?.to_dtype(DType::F32)?, &layer.forward(&x)?)? < 1e-2);
         assert_eq!(rms.forward(&half)?.dtype(), DType::F16);
