@@ -51,16 +51,18 @@ pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, Weight
 pub use serde_json;
 
 use causal::{CausalLm, CausalSession};
-use models::{bert, llama, upstream};
+use models::{bert, llama, mistral, phi, phi3, upstream};
 
 /// The families that run.
-pub const FAMILIES: &[&str] = &["bert", "llama"];
+pub const FAMILIES: &[&str] = &["bert", "llama", "mistral", "phi"];
 
 /// The `transformers` classes of `family` that run; none for a family that is not one of [`FAMILIES`].
 pub fn classes(family: &str) -> &'static [&'static str] {
     match family {
         "bert" => bert::CLASSES,
         "llama" => llama::CLASSES,
+        "mistral" => mistral::CLASSES,
+        "phi" => phi::CLASSES,
         _ => &[],
     }
 }
@@ -70,6 +72,8 @@ pub fn aliases(spec: &ModelSpec) -> &'static [AliasRule] {
     match spec.family.as_str() {
         "bert" => bert::aliases(spec),
         "llama" => llama::ALIASES,
+        "mistral" => mistral::ALIASES,
+        "phi" => phi::ALIASES,
         _ => &[],
     }
 }
@@ -87,6 +91,10 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
         ("bert", Engine::Roofbench) => Ok(Box::new(bert::BertModel::load(spec, vb)?)),
         ("bert", Engine::CandleTransformers) => Ok(Box::new(upstream::Bert::load(spec, vb)?)),
         ("llama", Engine::Roofbench) => causal(llama::LlamaModel::load(spec, vb)?, spec),
+        ("mistral", Engine::Roofbench) => causal(mistral::load(spec, vb)?, spec),
+        ("phi", Engine::Roofbench) if spec.class == "Phi3ForCausalLM" => causal(phi3::load(spec, vb)?, spec),
+        ("phi", Engine::Roofbench) => causal(phi::PhiModel::load(spec, vb)?, spec),
+        ("llama" | "mistral" | "phi", Engine::CandleTransformers) => Ok(Box::new(upstream::Decoder::load(spec, vb)?)),
         (family, Engine::CandleTransformers) if FAMILIES.contains(&family) => Err(SessionError::UnsupportedEngine {
             family: family.to_string(),
             reason: "candle-transformers is not wrapped for it; use --engine roofbench".to_owned(),

@@ -2,4 +2,8 @@
 
 pub mod bert;
 pub mod llama;
+pub mod mistral;
+pub mod opt;
+pub mod phi;
+pub mod phi3;
 pub(crate) mod upstream;
