@@ -9,6 +9,7 @@ pub mod conv;
 pub mod cost;
 pub mod decoding;
 pub mod embedding;
+pub mod gather;
 pub mod kernels;
 pub mod kv_cache;
 pub mod linear;

@@ -84,6 +84,68 @@ pub fn bilinear(x: &Tensor, size: (usize, usize), align_corners: bool) -> Result
     resize(x, size, |input, output| linear_taps(input, output, align_corners))
 }
 
+/// The position that nearest-neighbour interpolation from `input` to `output` positions takes for `i`.
+///
+/// ```
+/// use roofbench_nn::resize::nearest;
+///
+/// assert_eq!([0, 1, 2, 3, 4].map(|i| nearest(i, 3, 5)), [0, 0, 1, 1, 2]);
+/// ```
+pub fn nearest(i: usize, input: usize, output: usize) -> usize {
+    ((i as f32 * (input as f32 / output as f32)) as usize).min(input.saturating_sub(1))
+}
+
+/// `base` plus `x` stretched to its size by nearest-neighbour interpolation, channels last: a step of a feature pyramid
+/// (arXiv:1612.03144).
+///
+/// # Shapes
+/// x (batch, height, width, channels), base (batch, base height, base width, channels), as the result.
+///
+/// # Errors
+/// When the batches or channels differ, or `x` has no pixels.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use roofbench_nn::resize::nearest_add;
+///
+/// let x = Tensor::new(&[[[[1f32], [2.]]]], &Device::Cpu)?;
+/// let base = Tensor::new(&[[[[0f32], [0.], [0.], [10.]]]], &Device::Cpu)?;
+/// assert_eq!(nearest_add(&x, &base)?.flatten_all()?.to_vec1::<f32>()?, [1., 1., 2., 12.]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn nearest_add(x: &Tensor, base: &Tensor) -> Result<Tensor> {
+    let ((batch, from_height, from_width, channels), (_, height, width, _)) = (x.dims4()?, base.dims4()?);
+    if base.dims() != [batch, height, width, channels] || from_height * from_width == 0 {
+        bail!("nearest_add: {:?} can't be stretched to and added to {:?}", x.dims(), base.dims())
+    }
+    cost::elementwise(base.elem_count(), 1);
+    let rows: Vec<u32> = (0..height).map(|i| nearest(i, from_height, height) as u32).collect();
+    let columns: Vec<u32> = (0..width).map(|i| nearest(i, from_width, width) as u32).collect();
+    if !op::is_cpu_f32(x) || !op::is_cpu_f32(base) {
+        let picked = |indices: &[u32]| Tensor::from_slice(indices, indices.len(), x.device());
+        return x.index_select(&picked(&rows)?, 1)?.index_select(&picked(&columns)?, 2)? + base;
+    }
+    op::apply2("nearest-add", &x.contiguous()?, &base.contiguous()?, |[x, base]| {
+        let (x, base) = (op::elements::<f32>(x.0, x.1)?, op::elements::<f32>(base.0, base.1)?);
+        // a part is a line of pixels
+        let fill = |begin: usize, part: &mut [MaybeUninit<f32>]| {
+            let line = begin / (width * channels);
+            let source = (line / height * from_height + rows[line % height] as usize) * from_width;
+            let pixels = part.chunks_exact_mut(channels).zip(base[begin..].chunks_exact(channels));
+            for ((out, base), &column) in pixels.zip(&columns) {
+                let x = &x[(source + column as usize) * channels..][..channels];
+                for ((out, base), x) in out.iter_mut().zip(base).zip(x) {
+                    out.write(base + x);
+                }
+            }
+        };
+        #[expect(unsafe_code, reason = "the closure fills what is handed to it")]
+        // SAFETY: a part is whole pixels, one for each column, and each channel of each is written.
+        let y = unsafe { op::collect_chunks(base.len(), width * channels, fill) };
+        Ok((y, (batch, height, width, channels).into()))
+    })
+}
+
 /// Each row along the width, then the height, from `taps(input, output)`. Other devices send it to the CPU and back: it
 /// is done once per size, not per image.
 fn resize<const N: usize>(
@@ -192,6 +254,20 @@ mod tests {
                 }
             }
         }
+        Ok(())
+    }
+
+    #[test]
+    fn nearest_both_ways() -> Result<()> {
+        for (from, to) in [((2, 3), (4, 6)), ((3, 2), (7, 5)), ((5, 4), (2, 3))] {
+            let x = Tensor::randn(0f32, 1., (2, from.0, from.1, 5), &Device::Cpu)?;
+            let base = Tensor::randn(0f32, 1., (2, to.0, to.1, 5), &Device::Cpu)?;
+            let plain = nearest_add(&x.to_dtype(DType::F64)?, &base.to_dtype(DType::F64)?)?.to_dtype(DType::F32)?;
+            let difference = (nearest_add(&x, &base)? - plain)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+            assert!(difference < 1e-6, "{difference}");
+        }
+        let x = Tensor::zeros((1, 1, 1, 3), DType::F32, &Device::Cpu)?;
+        assert!(nearest_add(&x, &x.narrow(3, 0, 2)?).unwrap_err().to_string().contains("[1, 1, 1, 2]"));
         Ok(())
     }
 

@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
 use image::imageops::replace;
 use roofbench_core::session::{Arguments, Processor, SessionError, Tensors};
@@ -36,9 +36,13 @@ struct Kind {
     convert_rgb: bool,
     /// Part of the resized picture that is kept below 384 pixels, for processors that have `crop_pct`.
     crop_pct: Option<f64>,
+    /// Pictures of a batch are padded to one size, and a mask says where there is a picture.
+    pad: bool,
 }
 
 const HALF: [f64; 3] = [0.5; 3];
+const IMAGENET_MEAN: [f64; 3] = [0.485, 0.456, 0.406];
+const IMAGENET_STD: [f64; 3] = [0.229, 0.224, 0.225];
 const CLIP_MEAN: [f64; 3] = [0.48145466, 0.4578275, 0.40821073];
 const CLIP_STD: [f64; 3] = [0.26862954, 0.26130258, 0.27577711];
 
@@ -53,6 +57,7 @@ const VIT: Kind = Kind {
     std: HALF,
     convert_rgb: false,
     crop_pct: None,
+    pad: false,
 };
 const CLIP: Kind = Kind {
     name: "CLIP",
@@ -65,6 +70,7 @@ const CLIP: Kind = Kind {
     std: CLIP_STD,
     convert_rgb: true,
     crop_pct: None,
+    pad: false,
 };
 
 /// Every processor that is known. A new one is its difference from one of these.
@@ -79,6 +85,16 @@ const KINDS: &[Kind] = &[
         number_is_square: false,
         resample: Filter::Bicubic,
         crop_pct: Some(224.0 / 256.0),
+        ..VIT
+    },
+    Kind {
+        name: "Detr",
+        models: &["detr"],
+        size: Size::Within { shortest: 800, longest: 1333 },
+        number_is_square: false,
+        mean: IMAGENET_MEAN,
+        std: IMAGENET_STD,
+        pad: true,
         ..VIT
     },
     Kind { name: "Blip", models: &["blip"], size: Size::Exact([384, 384]), number_is_square: true, crop: None, ..CLIP },
@@ -141,6 +157,9 @@ struct Config {
     image_mean: Option<PerChannel>,
     image_std: Option<PerChannel>,
     do_pad: Option<bool>,
+    /// `do_pad` in older files.
+    pad_and_return_pixel_mask: Option<bool>,
+    pad_size: Option<SizeField>,
     data_format: Option<String>,
 }
 
@@ -230,6 +249,16 @@ pub struct ImageProcessor {
     crops: Vec<[u32; 2]>,
     /// The value of every channel's levels 0 to 255.
     values: [Vec<f32>; 3],
+    pad: Option<Pad>,
+}
+
+/// To what the pictures of a batch are padded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Pad {
+    /// The largest height and the largest width among them.
+    Largest,
+    /// Height and width.
+    To([u32; 2]),
 }
 
 impl ImageProcessor {
@@ -244,9 +273,15 @@ impl ImageProcessor {
             reason: error.into_inner().to_string(),
         })?;
         let kind = kind(&config, model)?;
-        if config.do_pad == Some(true) {
-            return refuse("do_pad", format!("true is not supported for {}", kind.name));
-        }
+        let pad = match (config.do_pad.or(config.pad_and_return_pixel_mask).unwrap_or(kind.pad), &config.pad_size) {
+            (false, _) => None,
+            (true, _) if !kind.pad => return refuse("do_pad", format!("true is not supported for {}", kind.name)),
+            (true, None) => Some(Pad::Largest),
+            (true, Some(size)) => match size.read("pad_size", |side| Size::Exact([side, side]))? {
+                Size::Exact(size) => Some(Pad::To(size)),
+                _ => return refuse("pad_size", "needs height and width"),
+            },
+        };
         if let Some(format) = config.data_format.as_deref().filter(|format| *format != "channels_first") {
             return refuse("data_format", format!("`{format}` is not supported; supported: channels_first"));
         }
@@ -271,6 +306,7 @@ impl ImageProcessor {
             resize,
             crops,
             values: values(&config, kind)?,
+            pad,
         })
     }
 
@@ -322,30 +358,71 @@ impl ImageProcessor {
     /// # Errors
     /// Names the file that can't be read, or whose prepared size differs from the first one's.
     pub fn prepare_files(&self, files: &[PathBuf]) -> Result<Tensor, SessionError> {
-        let mut batch: Vec<Tensor> = Vec::with_capacity(files.len());
-        for path in files {
-            let file_error = |reason| SessionError::File { path: path.clone(), reason };
-            let pixels = self.prepare(&load_rgb(path, self.transparency)?).map_err(|error| match error {
-                SessionError::Input { reason, .. } => file_error(reason),
-                other => other,
-            })?;
-            if let Some(first) = batch.first().filter(|first| first.dims() != pixels.dims()) {
+        let batch = self.prepare_each(files)?;
+        for (path, pixels) in files.iter().zip(&batch) {
+            if pixels.dims() != batch[0].dims() {
                 let reason = format!(
                     "is {:?} when prepared, the first picture {:?}; pictures of a batch must have one size",
                     pixels.dims(),
-                    first.dims()
+                    batch[0].dims()
                 );
-                return Err(file_error(reason));
+                return Err(SessionError::File { path: path.clone(), reason });
             }
-            batch.push(pixels);
-        }
-        if batch.is_empty() {
-            return Err(SessionError::Input {
-                name: "images".into(),
-                reason: "is empty; give at least one file".into(),
-            });
         }
         Ok(Tensor::stack(&batch, 0)?)
+    }
+
+    /// Reads and prepares picture files, and pads them where the config says so: `pixel_values` and, where it does,
+    /// `pixel_mask`, which is 0 in the padding.
+    ///
+    /// # Shapes
+    /// (batch, 3, height, width) f32 and (batch, height, width) i64 on the CPU.
+    ///
+    /// # Errors
+    /// As for [`prepare_files`](Self::prepare_files), and when a picture is larger than `pad_size`.
+    pub fn prepare_batch(&self, files: &[PathBuf]) -> Result<Tensors, SessionError> {
+        let Some(pad) = self.pad else {
+            return Ok([("pixel_values".to_owned(), self.prepare_files(files)?)].into());
+        };
+        let batch = self.prepare_each(files)?;
+        let size = |pixels: &Tensor| [pixels.dims()[1], pixels.dims()[2]];
+        let largest = |axis: usize| batch.iter().map(|pixels| size(pixels)[axis]).max().unwrap_or_default();
+        let [height, width] = match pad {
+            Pad::Largest => [largest(0), largest(1)],
+            Pad::To(size) => size.map(|side| side as usize),
+        };
+        let (mut values, mut masks) = (Vec::with_capacity(batch.len()), Vec::with_capacity(batch.len()));
+        for (path, pixels) in files.iter().zip(&batch) {
+            let [rows, columns] = size(pixels);
+            let (Some(below), Some(right)) = (height.checked_sub(rows), width.checked_sub(columns)) else {
+                let reason = format!("is {rows} x {columns} when prepared, pad_size is {height} x {width}");
+                return Err(SessionError::File { path: path.clone(), reason });
+            };
+            let mask = Tensor::ones((rows, columns), DType::I64, &Device::Cpu)?;
+            let padded = |x: &Tensor| {
+                let axis = x.rank() - 2;
+                x.pad_with_zeros(axis, 0, below)?.pad_with_zeros(axis + 1, 0, right)
+            };
+            values.push(padded(pixels)?);
+            masks.push(padded(&mask)?);
+        }
+        let (values, masks) = (Tensor::stack(&values, 0)?, Tensor::stack(&masks, 0)?);
+        Ok([("pixel_values".to_owned(), values), ("pixel_mask".to_owned(), masks)].into())
+    }
+
+    /// Each picture by itself, at least one.
+    fn prepare_each(&self, files: &[PathBuf]) -> Result<Vec<Tensor>, SessionError> {
+        if files.is_empty() {
+            let reason = "is empty; give at least one file".into();
+            return Err(SessionError::Input { name: "images".into(), reason });
+        }
+        let prepared = |path: &PathBuf| {
+            self.prepare(&load_rgb(path, self.transparency)?).map_err(|error| match error {
+                SessionError::Input { reason, .. } => SessionError::File { path: path.clone(), reason },
+                other => other,
+            })
+        };
+        files.iter().map(prepared).collect()
     }
 }
 
@@ -365,7 +442,7 @@ impl Processor for ImageProcessor {
             return refuse(name, "is not supported; supported: images, as files");
         }
         let Some(images) = files.get("images") else { return refuse("images", "is missing; give at least one file") };
-        Ok([("pixel_values".to_owned(), self.prepare_files(images)?)].into())
+        self.prepare_batch(images)
     }
 }
 
@@ -403,7 +480,10 @@ fn resize_target(config: &Config, kind: &Kind, crops: &mut Vec<[u32; 2]>) -> Res
     let number = |side| match config.max_size {
         _ if kind.number_is_square => Size::Exact([side, side]),
         Some(longest) => Size::Within { shortest: side, longest },
-        None => Size::ShortestEdge(side),
+        None => match kind.size {
+            Size::Within { longest, .. } => Size::Within { shortest: side, longest },
+            _ => Size::ShortestEdge(side),
+        },
     };
     let size = match &config.size {
         Some(size) => size.read("size", number)?,

@@ -56,11 +56,22 @@ impl<'a> Strided<'a> {
     }
 }
 
-/// What is added to the scaled scores; the keys contiguous, the other strides (batch, head, query) in elements.
+/// What is added to the scaled scores; strides (batch, head, query, key) in elements. It is read in vectors where the
+/// stride of the queries is 1, and turned on the way where that of the keys is.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Bias<'a> {
     pub(crate) data: &'a [f32],
-    pub(crate) strides: [usize; 3],
+    pub(crate) strides: [usize; 4],
+    /// Which of the biases each item of the batch takes; its own where absent.
+    pub(crate) which: Option<&'a [u32]>,
+}
+
+impl Bias<'_> {
+    /// Where that of the first key lies.
+    fn start(&self, item: usize, head: usize, query: usize) -> usize {
+        let item = self.which.map_or(item, |which| which[item] as usize);
+        item * self.strides[0] + head * self.strides[1] + query * self.strides[2]
+    }
 }
 
 /// One call. `queries` are the last of `keys` positions.
@@ -96,9 +107,11 @@ impl Attention<'_> {
             );
         }
         if let Some(bias) = self.bias.filter(|_| batch * queries * keys > 0) {
-            let [b, h, q] = bias.strides;
-            let least = (batch - 1) * b + (heads - 1) * h + (queries - 1) * q + keys;
-            KernelError::check_least("bias", Some(least), bias.data.len())?;
+            if let Some(which) = bias.which {
+                KernelError::check("list of biases", Some(batch), which.len())?;
+            }
+            let last = (0..batch).map(|item| bias.start(item, heads - 1, queries - 1)).max().unwrap_or(0);
+            KernelError::check_least("bias", Some(last + (keys - 1) * bias.strides[3] + 1), bias.data.len())?;
         }
         Ok(())
     }
@@ -123,8 +136,8 @@ struct Block {
     k_stride: usize,
     v: *const f32,
     v_stride: usize,
-    /// Of key 0.
-    bias: Option<*const f32>,
+    /// Of key 0, and the distance from key to key.
+    bias: Option<(*const f32, usize)>,
     bias_stride: usize,
     out: *mut f32,
     out_stride: usize,
@@ -418,8 +431,8 @@ unsafe fn advance<S: Simd, const NV: usize>(block: &Block, keys: &[u32], chunk: 
         } else {
             score_tiles::<S, 6, NV>(keys.len(), d, chunk, state.queries);
         }
-        if let Some(bias) = block.bias {
-            add_bias::<S, NV>(block, bias, keys, chunk.scores);
+        if let Some((bias, key_stride)) = block.bias {
+            add_bias::<S, NV>(block, bias, key_stride, keys, chunk.scores);
         }
         let (all_from, all_to) = (block.row_range(block.rows - 1).0, block.row_range(0).1);
         if i64::from(keys[0]) < all_from || i64::from(keys[keys.len() - 1]) >= all_to {
@@ -488,15 +501,29 @@ unsafe fn score_tiles<S: Simd, const MR: usize, const NV: usize>(
 /// # Safety
 /// As for [`by_rows`]; `bias` is valid for the block's rows and every key.
 #[inline(always)]
-unsafe fn add_bias<S: Simd, const NV: usize>(block: &Block, bias: *const f32, keys: &[u32], scores: *mut f32) {
+unsafe fn add_bias<S: Simd, const NV: usize>(
+    block: &Block,
+    bias: *const f32,
+    key_stride: usize,
+    keys: &[u32],
+    scores: *mut f32,
+) {
     let width = NV * S::LANES;
-    let neighbours = (keys[keys.len() - 1] - keys[0]) as usize + 1 == keys.len();
+    let neighbours = key_stride == 1 && (keys[keys.len() - 1] - keys[0]) as usize + 1 == keys.len();
     // SAFETY: as for this function.
     unsafe {
         for n in 0..NV {
             let (first, end) = (n * S::LANES, ((n + 1) * S::LANES).min(block.rows));
             let bias = bias.add(first * block.bias_stride);
             let scores = scores.add(first);
+            if block.bias_stride == 1 {
+                for (j, key) in keys.iter().enumerate() {
+                    let (bias, score) = (bias.add(*key as usize * key_stride), scores.add(j * width));
+                    let bias = if end - first == S::LANES { S::load(bias) } else { S::load_partial(bias, end - first) };
+                    S::store(score, S::add(S::load(score), bias));
+                }
+                continue;
+            }
             let mut j = 0;
             if neighbours && end - first == S::LANES {
                 while j + 4 <= keys.len() {
@@ -510,7 +537,7 @@ unsafe fn add_bias<S: Simd, const NV: usize>(block: &Block, bias: *const f32, ke
             }
             for (j, key) in keys.iter().enumerate().skip(j) {
                 for row in 0..end - first {
-                    *scores.add(j * width + row) += *bias.add(row * block.bias_stride + *key as usize);
+                    *scores.add(j * width + row) += *bias.add(row * block.bias_stride + *key as usize * key_stride);
                 }
             }
         }
@@ -679,9 +706,9 @@ unsafe fn by_head<S: Simd, const R: usize>(blocks: &[Block], index: &[u32], scra
                 for (row, sums) in sums[i].iter_mut().enumerate() {
                     let scores = std::slice::from_raw_parts_mut(part(i).add(2 * room + row * FEW_KEYS), keys.len());
                     let (from, to) = block.row_range(row);
-                    if let Some(bias) = block.bias {
+                    if let Some((bias, key_stride)) = block.bias {
                         for (score, &key) in scores.iter_mut().zip(keys) {
-                            *score += *bias.add(row * block.bias_stride + key as usize);
+                            *score += *bias.add(row * block.bias_stride + key as usize * key_stride);
                         }
                     }
                     if i64::from(keys[0]) < from || i64::from(keys[keys.len() - 1]) >= to {
@@ -909,7 +936,7 @@ impl Attention<'_> {
             v_stride: self.v.row,
             bias: self
                 .bias
-                .map(|Bias { data, strides: [b, h, q] }| data.as_ptr().wrapping_add(item * b + head * h + query * q)),
+                .map(|bias| (bias.data.as_ptr().wrapping_add(bias.start(item, head, query)), bias.strides[3])),
             bias_stride: self.bias.map_or(0, |bias| bias.strides[if queries == 1 { 1 } else { 2 }]),
             out: out.get().wrapping_add(((item * queries + query) * heads + head) * head_dim),
             out_stride: stride(heads * head_dim),
@@ -1045,8 +1072,7 @@ fn attention_scalar(call: &Attention) -> Vec<f32> {
             let products =
                 call.q.head(item, query, head, head_dim).iter().zip(call.k.head(item, key, kv_head, head_dim));
             let dot: f64 = products.map(|(&q, &k)| f64::from(q) * f64::from(k)).sum();
-            let bias =
-                call.bias.map_or(0.0, |Bias { data, strides: [b, h, q] }| data[item * b + head * h + query * q + key]);
+            let bias = call.bias.map_or(0.0, |bias| bias.data[bias.start(item, head, query) + key * bias.strides[3]]);
             dot * f64::from(call.scale) + f64::from(bias)
         };
         let scores: Vec<f64> = (0..keys).map(|key| if sees(key) { score(key) } else { f64::NEG_INFINITY }).collect();
@@ -1150,7 +1176,7 @@ mod tests {
             let valid = [(0..n / 2).collect(), (n - 7..n).collect(), (0..n).step_by(3).collect(), vec![]];
             for pattern in [Pattern::Full, Pattern::Causal, Pattern::Sliding(4)] {
                 let bias = noise(2 * queries * keys, 3);
-                let bias = Bias { data: &bias, strides: [0, queries * keys, keys] };
+                let bias = Bias { data: &bias, strides: [0, queries * keys, keys, 1], which: None };
                 for bias in [None, Some(bias)] {
                     check([4, 2, 2, queries, keys, 24], pattern, Some(&valid), bias, 0.5);
                 }
@@ -1162,9 +1188,20 @@ mod tests {
     fn biases_of_every_broadcast() {
         let bias = noise(2 * 3 * 50 * 131, 4);
         for (queries, keys) in [(1, 131), (4, 9), (50, 131), (16, 48), (33, 50)] {
-            for strides in [[0, 0, 0], [0, keys, 0], [0, 0, keys], [3 * queries * keys, queries * keys, keys]] {
-                check([2, 3, 1, queries, keys, 8], Pattern::Full, None, Some(Bias { data: &bias, strides }), 0.5);
-                check([2, 3, 3, queries, keys, 17], Pattern::Causal, None, Some(Bias { data: &bias, strides }), 0.5);
+            let all = [3 * queries * keys, queries * keys];
+            for strides in [
+                [0, 0, 0, 1],
+                [0, keys, 0, 1],
+                [0, 0, keys, 1],
+                [all[0], all[1], keys, 1],
+                // the queries side by side
+                [all[0], all[1], 1, queries],
+            ] {
+                let own = Bias { data: &bias, strides, which: None };
+                for bias in [own, Bias { which: Some(&[1, 1]), ..own }, Bias { which: Some(&[1, 0]), ..own }] {
+                    check([2, 3, 1, queries, keys, 8], Pattern::Full, None, Some(bias), 0.5);
+                    check([2, 3, 3, queries, keys, 17], Pattern::Causal, None, Some(bias), 0.5);
+                }
             }
         }
     }
@@ -1187,7 +1224,7 @@ mod tests {
                     [1, 2, 1, queries, keys, 16],
                     Pattern::Full,
                     None,
-                    Some(Bias { data: &bias, strides: [0; 3] }),
+                    Some(Bias { data: &bias, strides: [0, 0, 0, 1], which: None }),
                     0.25,
                 );
             }

@@ -13,6 +13,7 @@ pub(crate) mod math;
 pub mod matmul;
 pub(crate) mod pooling;
 pub mod quant;
+pub(crate) mod response_norm;
 pub(crate) mod rms_norm;
 pub(crate) mod rope;
 pub(crate) mod simd;

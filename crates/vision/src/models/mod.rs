@@ -3,6 +3,10 @@
 use candle_core::{DType, Device};
 use serde::Deserialize;
 
+pub mod convnext;
+pub mod swin;
+pub mod detr;
+pub mod resnet;
 pub(crate) mod upstream;
 pub mod vit;
 
