@@ -113,8 +113,8 @@ impl Session for Bert {
     }
 }
 
-/// `FalconForCausalLM` of one head of keys and values with rotary positions, as Falcon-7B, on one sequence. It keeps keys
-/// and values, gives the logits of the last position alone, and takes GELU's approximation by tanh for GELU.
+/// `FalconForCausalLM` of one head of keys and values with rotary positions, as Falcon-7B, on one sequence. It keeps
+/// keys and values, gives the logits of the last position alone, and takes GELU's approximation by tanh for GELU.
 pub(crate) struct Falcon {
     model: falcon::Falcon,
     sizes: Sizes,
