@@ -11,14 +11,33 @@ use serde_json::Value;
 
 /// The families of all modality crates.
 pub fn families() -> impl Iterator<Item = &'static str> {
-    roofbench_text::FAMILIES.iter().chain(roofbench_vision::FAMILIES).copied()
+    [roofbench_text::FAMILIES, roofbench_vision::FAMILIES, roofbench_speech::FAMILIES].into_iter().flatten().copied()
 }
 
 /// The `transformers` classes of `family` that run.
 pub fn classes(family: &str) -> &'static [&'static str] {
-    match roofbench_text::classes(family) {
-        [] => roofbench_vision::classes(family),
-        classes => classes,
+    match Modality::of(family) {
+        Modality::Text => roofbench_text::classes(family),
+        Modality::Vision => roofbench_vision::classes(family),
+        Modality::Speech => roofbench_speech::classes(family),
+    }
+}
+
+/// Whose crate runs a family.
+enum Modality {
+    Text,
+    Vision,
+    Speech,
+}
+
+impl Modality {
+    /// That of an unknown family is any, which refuses it.
+    fn of(family: &str) -> Self {
+        match family {
+            family if roofbench_text::FAMILIES.contains(&family) => Self::Text,
+            family if roofbench_speech::FAMILIES.contains(&family) => Self::Speech,
+            _ => Self::Vision,
+        }
     }
 }
 
@@ -28,11 +47,19 @@ pub struct Models;
 
 impl reference::Models for Models {
     fn aliases(&self, spec: &ModelSpec) -> &'static [AliasRule] {
-        if is_text(&spec.family) { roofbench_text::aliases(spec) } else { roofbench_vision::aliases(&spec.family) }
+        match Modality::of(&spec.family) {
+            Modality::Text => roofbench_text::aliases(spec),
+            Modality::Vision => roofbench_vision::aliases(&spec.family),
+            Modality::Speech => roofbench_speech::aliases(spec),
+        }
     }
 
     fn load(&self, spec: &ModelSpec, weights: &Weights) -> std::result::Result<Box<dyn Session>, SessionError> {
-        if is_text(&spec.family) { roofbench_text::load(spec, weights) } else { roofbench_vision::load(spec, weights) }
+        match Modality::of(&spec.family) {
+            Modality::Text => roofbench_text::load(spec, weights),
+            Modality::Vision => roofbench_vision::load(spec, weights),
+            Modality::Speech => roofbench_speech::load(spec, weights),
+        }
     }
 
     fn processor(
@@ -40,12 +67,11 @@ impl reference::Models for Models {
         family: &str,
         configs: &BTreeMap<String, Value>,
     ) -> std::result::Result<Box<dyn Processor>, SessionError> {
-        roofbench_vision::processor(family, configs)
+        match Modality::of(family) {
+            Modality::Speech => roofbench_speech::processor(family, configs),
+            _ => roofbench_vision::processor(family, configs),
+        }
     }
-}
-
-fn is_text(family: &str) -> bool {
-    roofbench_text::FAMILIES.contains(&family)
 }
 
 /// The reference cases of the project.

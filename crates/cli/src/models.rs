@@ -43,6 +43,14 @@ const MODALITIES: &[Modality] = &[
         load: roofbench_vision::load,
         processor: Some(roofbench_vision::processor),
     },
+    #[cfg(feature = "speech")]
+    Modality {
+        families: roofbench_speech::FAMILIES,
+        classes: roofbench_speech::classes,
+        aliases: roofbench_speech::aliases,
+        load: roofbench_speech::load,
+        processor: Some(roofbench_speech::processor),
+    },
 ];
 
 fn modality(family: &str) -> Option<&'static Modality> {
@@ -145,6 +153,7 @@ pub(crate) fn build() -> Build {
     let features = [
         ("text", cfg!(feature = "text")),
         ("vision", cfg!(feature = "vision")),
+        ("speech", cfg!(feature = "speech")),
         ("cuda", cfg!(feature = "cuda")),
         ("cudnn", cfg!(feature = "cudnn")),
         ("metal", cfg!(feature = "metal")),

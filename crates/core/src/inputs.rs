@@ -55,16 +55,32 @@ impl<'a> Inputs<'a> {
         }
     }
 
+    /// The same, or `None` when the call leaves them out.
+    ///
+    /// # Errors
+    /// Another shape or type.
+    pub fn optional_matrix(&self, name: &str) -> Result<Option<Tensor>, SessionError> {
+        if self.call.inputs.contains_key(name) { self.matrix(name).map(Some) } else { Ok(None) }
+    }
+
     /// Integers of the shape of `like` (input_ids) as i64, or `None` when the call leaves them out.
     ///
     /// # Errors
     /// Another shape or type.
     pub fn matrix_like(&self, name: &str, like: &Tensor) -> Result<Option<Tensor>, SessionError> {
+        self.matrix_as(name, ("input_ids", like))
+    }
+
+    /// The same with the name of the input that the shape is from.
+    ///
+    /// # Errors
+    /// Another shape or type.
+    pub fn matrix_as(&self, name: &str, (of, like): (&str, &Tensor)) -> Result<Option<Tensor>, SessionError> {
         match self.call.inputs.get(name) {
             None => Ok(None),
             Some(tensor) if tensor.dims() == like.dims() => integers(name, tensor).map(Some),
             Some(tensor) => {
-                let reason = format!("has shape {:?}, input_ids have {:?}", tensor.dims(), like.dims());
+                let reason = format!("has shape {:?}, {of} have {:?}", tensor.dims(), like.dims());
                 Err(SessionError::input(name, reason))
             }
         }
@@ -81,6 +97,25 @@ impl<'a> Inputs<'a> {
             shape => {
                 let expected = format!("(batch, channels = {channels}, height, width), none of them 0");
                 return Err(SessionError::input(name, format!("has shape {shape:?}, expected {expected}")));
+            }
+        }
+        if !tensor.dtype().is_float() {
+            return Err(SessionError::input(name, format!("has type {:?}, expected floats", tensor.dtype())));
+        }
+        Ok(tensor)
+    }
+
+    /// Sounds: floats (batch, samples), neither dimension 0.
+    ///
+    /// # Errors
+    /// It is missing, or has another shape or type.
+    pub fn sounds(&self, name: &str) -> Result<&'a Tensor, SessionError> {
+        let tensor = self.required(name)?;
+        match tensor.dims() {
+            [batch, samples] if batch * samples > 0 => {}
+            shape => {
+                let reason = format!("has shape {shape:?}, expected (batch, samples), neither of them 0");
+                return Err(SessionError::input(name, reason));
             }
         }
         if !tensor.dtype().is_float() {
@@ -199,6 +234,11 @@ mod tests {
         let inputs = Inputs::forward(&call, &["mask"], &[]).unwrap();
         assert!(message(inputs.matrix_like("mask", &like)).contains("[1, 2], input_ids have [1, 3]"));
         assert!(inputs.matrix_like("other", &like).unwrap().is_none());
+        assert!(
+            message(inputs.matrix_as("mask", ("decoder_input_ids", &like))).contains("decoder_input_ids have [1, 3]")
+        );
+        assert_eq!(inputs.optional_matrix("mask").unwrap().map(|mask| mask.dims().to_vec()), Some(vec![1, 2]));
+        assert!(inputs.optional_matrix("other").unwrap().is_none());
     }
 
     #[test]
@@ -238,6 +278,19 @@ mod tests {
         assert_eq!(read(&call), format!("input `bool_masked_pos`: {refused}"));
         call.method = "generate".into();
         assert!(read(&call).starts_with("input `method`: `generate`"));
+    }
+
+    #[test]
+    fn shapes_and_types_of_sounds_are_checked() {
+        let read = |shape: &[usize], dtype| {
+            let call = call("input_values", Tensor::zeros(shape, dtype, &Device::Cpu).unwrap());
+            let inputs = Inputs::forward(&call, &["input_values"], &[]).unwrap();
+            inputs.sounds("input_values").err().map(|error| error.to_string()).unwrap_or_default()
+        };
+        assert_eq!(read(&[2, 5], DType::F32), "");
+        assert!(read(&[5], DType::F32).starts_with("input `input_values`: has shape [5], expected (batch, samples)"));
+        assert!(read(&[2, 0], DType::F32).contains("has shape [2, 0]"));
+        assert_eq!(read(&[2, 5], DType::I64), "input `input_values`: has type I64, expected floats");
     }
 
     #[test]

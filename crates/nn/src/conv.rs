@@ -11,6 +11,7 @@ use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, Tensor, bai
 use candle_nn::VarBuilder;
 
 use crate::activation::Activation;
+use crate::cost;
 use crate::kernels::KernelError;
 use crate::kernels::conv::{After, Geometry, PackedConv, PackedConvTranspose, TransposedGeometry};
 use crate::kernels::matmul::Weights;
@@ -22,6 +23,10 @@ use crate::{memory, op};
 /// When `x` has fewer than three dimensions.
 pub fn to_channels_last(x: &Tensor) -> Result<Tensor> {
     let rank = at_least_three(x)?;
+    if op::is_cpu_f32(x) {
+        let dims = x.dims();
+        return transposed(x, dims[1], [&dims[..1], &dims[2..], &dims[1..2]].concat());
+    }
     let order: Vec<usize> = [0].into_iter().chain(2..rank).chain([1]).collect();
     x.permute(order)?.contiguous()
 }
@@ -32,8 +37,54 @@ pub fn to_channels_last(x: &Tensor) -> Result<Tensor> {
 /// When `x` has fewer than three dimensions.
 pub fn to_channels_first(x: &Tensor) -> Result<Tensor> {
     let rank = at_least_three(x)?;
+    if op::is_cpu_f32(x) {
+        let dims = x.dims();
+        let pixels = dims[1..rank - 1].iter().product();
+        return transposed(x, pixels, [&dims[..1], &dims[rank - 1..], &dims[1..rank - 1]].concat());
+    }
     let order: Vec<usize> = [0, rank - 1].into_iter().chain(1..rank - 1).collect();
     x.permute(order)?.contiguous()
+}
+
+/// Columns that one thread turns into lines at a time: at least a cache line of each row.
+const COLUMNS: usize = 16;
+/// Rows of a tile, which stays in the first-level cache.
+const ROWS: usize = 64;
+/// Elements that one thread writes at a time, where the rows are short.
+const CHUNK: usize = 4096;
+
+/// Each item of `x` (batch, rows, columns) transposed, in the form of `shape`.
+fn transposed(x: &Tensor, rows: usize, shape: Vec<usize>) -> Result<Tensor> {
+    op::apply1("transpose", &x.contiguous()?, |storage, layout| {
+        let x = op::elements::<f32>(storage, layout)?;
+        if x.is_empty() {
+            return Ok((Vec::new(), shape.clone().into()));
+        }
+        let columns = x.len() / shape[0] / rows;
+        // a part is whole columns, which may be those of several items
+        let fill = |begin: usize, part: &mut [MaybeUninit<f32>]| {
+            let (mut column, mut rest) = (begin / rows, part);
+            while !rest.is_empty() {
+                let (item, first) = (column / columns, column % columns);
+                let count = (rest.len() / rows).min(columns - first);
+                let (now, later) = std::mem::take(&mut rest).split_at_mut(count * rows);
+                let source = &x[item * rows * columns..][..rows * columns];
+                for tile in (0..rows).step_by(ROWS) {
+                    for (i, out) in now.chunks_exact_mut(rows).enumerate() {
+                        for (row, out) in (tile..rows.min(tile + ROWS)).zip(&mut out[tile..]) {
+                            out.write(source[row * columns + first + i]);
+                        }
+                    }
+                }
+                (column, rest) = (column + count, later);
+            }
+        };
+        let chunk = rows * (CHUNK / rows).max(COLUMNS);
+        #[expect(unsafe_code, reason = "the closure fills what is handed to it")]
+        // SAFETY: the parts are whole columns, and each row of each column is written.
+        let y = unsafe { op::collect_chunks(x.len(), chunk, fill) };
+        Ok((y, shape.clone().into()))
+    })
 }
 
 fn at_least_three(x: &Tensor) -> Result<usize> {
@@ -299,8 +350,10 @@ impl Conv2d {
     /// As for [`forward`](Self::forward).
     pub fn forward_act(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
         let shape = self.out_shape(x)?;
+        self.note_cost(shape, x.dtype());
         match &*self.weight {
             Weight::Packed { packed, bias } => {
+                activation.note_cost(shape.iter().product());
                 let after = After { bias: bias.as_deref(), residual: None, activation };
                 op::apply1("packed-conv", &x.contiguous()?, |storage, layout| {
                     run(storage, layout, shape, |x, batch, size, out| packed.forward(x, batch, size, &after, out))
@@ -322,8 +375,11 @@ impl Conv2d {
         if residual.dims() != shape {
             bail!("a convolution's residual has shape {:?}, the result {shape:?}", residual.dims());
         }
+        self.note_cost(shape, x.dtype());
+        cost::elementwise(residual.elem_count(), 1);
         match &*self.weight {
             Weight::Packed { packed, bias } => {
+                activation.note_cost(residual.elem_count());
                 op::apply2("packed-conv-add", &x.contiguous()?, &residual.contiguous()?, |[x, residual]| {
                     let residual = Some(op::elements::<f32>(residual.0, residual.1)?);
                     let after = After { bias: bias.as_deref(), residual, activation };
@@ -332,6 +388,19 @@ impl Conv2d {
             }
             Weight::Plain { weight, bias } => activation.forward(&(self.plain(x, weight, bias.as_ref())? + residual)?),
         }
+    }
+
+    fn note_cost(&self, shape: [usize; 4], dtype: DType) {
+        cost::note(|| {
+            let has_bias = match &*self.weight {
+                Weight::Packed { bias, .. } => bias.is_some(),
+                Weight::Plain { bias, .. } => bias.is_some(),
+            };
+            let Conv2dConfig { kernel, groups, .. } = self.config;
+            let (outputs, window) = (shape.iter().product::<usize>(), self.channels.0 / groups * kernel.0 * kernel.1);
+            let flops = 2 * outputs * window + usize::from(has_bias) * outputs;
+            cost::weighted(flops, self.weight_bytes(), outputs * dtype.size_in_bytes())
+        });
     }
 
     fn out_shape(&self, x: &Tensor) -> Result<[usize; 4]> {
@@ -731,16 +800,33 @@ impl ConvTranspose2d {
                 x.dims()
             )
         };
+        let shape = [batch, size[0], size[1], self.channels.1];
+        self.note_cost(x, shape);
         match &*self.weight {
             Weight::Packed { packed, bias } => {
+                activation.note_cost(shape.iter().product());
                 let after = After { bias: bias.as_deref(), residual: None, activation };
-                let shape = [batch, size[0], size[1], self.channels.1];
                 op::apply1("packed-conv-transpose", &x.contiguous()?, |storage, layout| {
                     run(storage, layout, shape, |x, batch, size, out| packed.forward(x, batch, size, &after, out))
                 })
             }
             Weight::Plain { weight, bias } => activation.forward(&self.plain(x, size, weight, bias.as_ref())?),
         }
+    }
+
+    fn note_cost(&self, x: &Tensor, shape: [usize; 4]) {
+        cost::note(|| {
+            let has_bias = match &*self.weight {
+                Weight::Packed { bias, .. } => bias.is_some(),
+                Weight::Plain { bias, .. } => bias.is_some(),
+            };
+            let ConvTranspose2dConfig { kernel, groups, .. } = self.config;
+            let outputs = shape.iter().product::<usize>();
+            // each pixel goes to every tap, also to those that are cut off
+            let products = x.elem_count() * kernel.0 * kernel.1 * (self.channels.1 / groups);
+            let flops = 2 * products + usize::from(has_bias) * outputs;
+            cost::weighted(flops, self.weight_bytes(), outputs * x.dtype().size_in_bytes())
+        });
     }
 
     fn plain(&self, x: &Tensor, size: [usize; 2], weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
@@ -900,6 +986,13 @@ mod tests {
         assert_eq!(conv.forward(&random(&[0, 8, 6, 3])).unwrap().dims(), [0, 6, 4, 4]);
         let sequence = random(&[2, 3, 5]);
         assert_eq!(flat(to_channels_first(&to_channels_last(&sequence).unwrap()).unwrap()), flat(sequence));
+        for shape in [[3, 1, 7, 5], [2, 70, 9, 8], [3, 5, 130, 40], [1, 0, 2, 2], [0, 3, 2, 2]] {
+            let image = random(&shape);
+            let last = to_channels_last(&image).unwrap();
+            assert_eq!(last.dims(), [shape[0], shape[2], shape[3], shape[1]]);
+            assert_eq!(flat(last.clone()), flat(image.permute((0, 2, 3, 1)).unwrap().contiguous().unwrap()));
+            assert_eq!(flat(to_channels_first(&last).unwrap()), flat(image));
+        }
     }
 
     #[test]

@@ -1,10 +1,12 @@
 //! Biases on attention scores by relative position: T5's buckets and ALiBi.
 
+use std::mem::MaybeUninit;
+
 use candle_core::{DType, Device, Result, Tensor, bail};
 use candle_nn::VarBuilder;
 use half::bf16;
 
-use crate::op;
+use crate::{cost, op};
 
 /// A learned bias per head and bucket of relative positions (arXiv:1910.10683). Mirrors `compute_bias` of
 /// `transformers.T5Attention`.
@@ -94,22 +96,74 @@ impl RelativeBias {
         if queries == 0 || keys == 0 {
             return Tensor::zeros((1, self.by_head.len(), queries, keys), DType::F32, &self.device);
         }
-        // every distance from the last query to the first key on; a row is a stretch of these
-        let distances: Vec<usize> = (1 - keys as i64..queries as i64).map(|d| self.buckets.of(d)).collect();
-        let lines: Vec<f32> =
-            self.by_head.iter().flat_map(|biases| distances.iter().map(|bucket| biases[*bucket])).collect();
-        let fill = |begin: usize, part: &mut [std::mem::MaybeUninit<f32>]| {
-            for (i, row) in part.chunks_exact_mut(keys).enumerate() {
-                let (head, query) = ((begin / keys + i) / queries, (begin / keys + i) % queries);
-                let first = head * distances.len() + keys - 1 - (before + query);
-                row.write_copy_of_slice(&lines[first..first + keys]);
-            }
+        let lines = self.lines(queries, keys);
+        let fill = |row: usize, out: &mut [MaybeUninit<f32>]| {
+            out.write_copy_of_slice(lines.row(row / queries % self.by_head.len(), before + row % queries, keys));
         };
-        #[expect(unsafe_code, reason = "the closure fills what is handed to it")]
-        // SAFETY: a part is whole rows, and each is written.
-        let bias =
-            unsafe { op::collect_chunks(self.by_head.len() * queries * keys, (CHUNK / keys).max(1) * keys, fill) };
+        let bias = rows(self.by_head.len() * queries, keys, fill);
         Tensor::from_vec(bias, (1, self.by_head.len(), queries, keys), &self.device)
+    }
+
+    /// The bias with a factor on each row, as WavLM's gates (arXiv:2110.13900) are, for as many queries as keys.
+    ///
+    /// # Shapes
+    /// `gate` is (batch, heads, seq); the result (batch, heads, seq, seq), both of the gate's dtype.
+    ///
+    /// # Errors
+    /// When the gate has not as many heads as the table.
+    pub fn forward_gated(&self, gate: &Tensor) -> Result<Tensor> {
+        let (batch, heads, seq) = gate.dims3()?;
+        if heads != self.by_head.len() {
+            bail!("RelativeBias: a gate of shape {:?} is not for {} heads", gate.dims(), self.by_head.len())
+        }
+        cost::elementwise(batch * heads * seq * seq, 1);
+        if !op::is_cpu_f32(gate) || batch * seq == 0 {
+            return self.forward(seq, seq)?.to_dtype(gate.dtype())?.broadcast_mul(&gate.unsqueeze(3)?);
+        }
+        let lines = self.lines(seq, seq);
+        op::apply1("gated-bias", &gate.contiguous()?, |storage, layout| {
+            let gate = op::elements::<f32>(storage, layout)?;
+            let fill = |row: usize, out: &mut [MaybeUninit<f32>]| {
+                for (out, bias) in out.iter_mut().zip(lines.row(row / seq % heads, row % seq, seq)) {
+                    out.write(gate[row] * bias);
+                }
+            };
+            Ok((rows(batch * heads * seq, seq, fill), (batch, heads, seq, seq).into()))
+        })
+    }
+
+    fn lines(&self, queries: usize, keys: usize) -> Lines {
+        // from the last query to the first key on
+        let distances: Vec<usize> = (1 - keys as i64..queries as i64).map(|d| self.buckets.of(d)).collect();
+        let values = self.by_head.iter().flat_map(|biases| distances.iter().map(|bucket| biases[*bucket])).collect();
+        Lines { values, length: distances.len() }
+    }
+}
+
+/// Per head the biases of every distance; a query's row is a stretch of its head's.
+struct Lines {
+    values: Vec<f32>,
+    length: usize,
+}
+
+impl Lines {
+    /// Of the query at `position` among `keys`.
+    fn row(&self, head: usize, position: usize, keys: usize) -> &[f32] {
+        &self.values[head * self.length + keys - 1 - position..][..keys]
+    }
+}
+
+/// `count` rows of `width`, each written whole by `fill`, in parallel.
+fn rows(count: usize, width: usize, fill: impl Fn(usize, &mut [MaybeUninit<f32>]) + Sync) -> Vec<f32> {
+    let part = |begin: usize, part: &mut [MaybeUninit<f32>]| {
+        for (i, row) in part.chunks_exact_mut(width).enumerate() {
+            fill(begin / width + i, row);
+        }
+    };
+    #[expect(unsafe_code, reason = "the closure fills what is handed to it")]
+    // SAFETY: a part is whole rows, and each is written.
+    unsafe {
+        op::collect_chunks(count * width, (CHUNK / width).max(1) * width, part)
     }
 }
 
@@ -294,6 +348,17 @@ mod tests {
             }
             assert!(bias.forward(3, 2).is_err());
         }
+        let buckets = Buckets { count: 32, max_distance: 128, bidirectional: true };
+        let bias = RelativeBias::new(&table, buckets)?;
+        for seq in [0, 1, 130] {
+            let gate = Tensor::randn(0f32, 1.0, (2, 3, seq), &Device::Cpu)?;
+            let wanted = bias.forward(seq, seq)?.broadcast_mul(&gate.unsqueeze(3)?)?;
+            assert_eq!(
+                bias.forward_gated(&gate)?.flatten_all()?.to_vec1::<f32>()?,
+                wanted.flatten_all()?.to_vec1::<f32>()?
+            );
+        }
+        assert!(bias.forward_gated(&Tensor::zeros((2, 4, 5), DType::F32, &Device::Cpu)?).is_err());
         let few = Buckets { count: 2, max_distance: 128, bidirectional: true };
         assert!(RelativeBias::new(&table.narrow(0, 0, 2)?, few).is_err());
         Ok(())

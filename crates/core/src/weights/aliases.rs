@@ -11,7 +11,11 @@ pub(super) struct Aliases(Vec<(Regex, Option<&'static str>)>);
 impl Aliases {
     pub(super) fn compile(rules: &[AliasRule], class: &str) -> Result<Self, WeightsError> {
         let scope = AliasScope::of(class);
-        let for_class = rules.iter().filter(|rule| rule.applies == AliasScope::Always || rule.applies == scope);
+        let for_class = rules.iter().filter(|rule| match rule.applies {
+            AliasScope::Always => true,
+            AliasScope::Class(name) => name == class,
+            applies => applies == scope,
+        });
         let compiled = for_class.map(|rule| match Regex::new(rule.pattern) {
             Ok(regex) => Ok((regex, rule.replacement)),
             Err(source) => Err(WeightsError::Rule { pattern: rule.pattern.to_owned(), source: Box::new(source) }),

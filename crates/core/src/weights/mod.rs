@@ -83,6 +83,8 @@ pub enum AliasScope {
     Base,
     /// Classes with a head (`BertForMaskedLM`).
     Head,
+    /// This class alone.
+    Class(&'static str),
 }
 
 /// Names and shapes that a model asked for.

@@ -9,7 +9,9 @@
 use std::mem::MaybeUninit;
 
 use super::isa::Isa;
+use super::math;
 use super::simd::{Simd, simd_entry};
+use crate::activation::Activation;
 use crate::op;
 
 /// Elements of a chunk of pixels, about: it stays in the first-level cache.
@@ -18,7 +20,7 @@ const CHUNK: usize = 8192;
 /// Writes a number per channel, of an item and one chunk of its pixels.
 type Sum<'a> = dyn Fn(usize, &[f32], &mut [MaybeUninit<f32>]) + Sync + 'a;
 
-/// Normalises `x` (batch, pixels, channels); `w` and `b` are (channels).
+/// Normalises `x` (batch, pixels, channels), then applies `activation`; `w` and `b` are (channels).
 ///
 /// # Panics
 /// When `w` is empty, a length does not fit or the groups do not divide the channels.
@@ -29,6 +31,7 @@ pub(crate) fn group_norm(
     groups: usize,
     (w, b): (&[f32], &[f32]),
     eps: f64,
+    activation: Activation,
 ) -> Vec<f32> {
     let channels = w.len();
     let item = pixels * channels;
@@ -84,7 +87,7 @@ pub(crate) fn group_norm(
             while !rest.is_empty() {
                 let index = at / item;
                 let (now, later) = rest.split_at_mut(rest.len().min((index + 1) * item - at));
-                normalise_on(isa, &x[at..at + now.len()], centre(index), scale(index), b, now);
+                normalise_on(isa, activation, &x[at..at + now.len()], centre(index), (scale(index), b), now);
                 at += now.len();
                 rest = later;
             }
@@ -104,12 +107,12 @@ simd_entry! {
 }
 simd_entry! {
     /// # Safety
-    /// `x` and `y` are the same number of pixels of `centre.len()` channels, as many as `scale` and `b` have.
+    /// `x` and `y` are the same number of pixels of `centre.len()` channels, as many as scale and `b` have.
     fn normalise_on(
+        activation: Activation,
         x: &[f32],
         centre: &[f32],
-        scale: &[f32],
-        b: &[f32],
+        scale_and_b: (&[f32], &[f32]),
         y: &mut [MaybeUninit<f32>],
     ) = normalise
 }
@@ -161,7 +164,13 @@ unsafe fn sum<S: Simd, const SQUARED: bool>(x: &[f32], centre: &[f32], out: &mut
 }
 
 #[inline(always)]
-unsafe fn normalise<S: Simd>(x: &[f32], centre: &[f32], scale: &[f32], b: &[f32], y: &mut [MaybeUninit<f32>]) {
+unsafe fn normalise<S: Simd>(
+    activation: Activation,
+    x: &[f32],
+    centre: &[f32],
+    (scale, b): (&[f32], &[f32]),
+    y: &mut [MaybeUninit<f32>],
+) {
     let channels = centre.len();
     for (x, y) in x.chunks_exact(channels).zip(y.chunks_exact_mut(channels)) {
         for channel in (0..channels).step_by(S::LANES) {
@@ -173,6 +182,7 @@ unsafe fn normalise<S: Simd>(x: &[f32], centre: &[f32], scale: &[f32], b: &[f32]
                     if lanes == S::LANES { S::load(p) } else { S::load_partial(p, lanes) }
                 };
                 let normed = S::fma(S::sub(load(x), load(centre)), load(scale), load(b));
+                let normed = math::activate::<S>(activation, normed);
                 S::store_partial(y.as_mut_ptr().cast::<f32>().add(channel), lanes, normed);
             }
         }
@@ -222,7 +232,9 @@ mod tests {
                     let w: Vec<f32> = (0..channels).map(|i| 1.0 + (i as f32).cos()).collect();
                     let b: Vec<f32> = (0..channels).map(|i| (i as f32 * 0.3).cos()).collect();
                     // an eps of the size of the variance keeps a group of one element from dividing by nothing
-                    let found = group_norm(isa, &x, pixels, groups, (&w, &b), 0.1);
+                    let found = group_norm(isa, &x, pixels, groups, (&w, &b), 0.1, Activation::Identity);
+                    let relu = group_norm(isa, &x, pixels, groups, (&w, &b), 0.1, Activation::Relu);
+                    assert!(relu.iter().zip(&found).all(|(relu, plain)| *relu == plain.max(0.0)), "{isa} {channels}");
                     let expected = reference(&x, pixels, groups, (&w, &b), 0.1);
                     for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
                         // roundings of values up to 8; numbers near 1000 have lost 10 of their 24 bits before
@@ -235,14 +247,14 @@ mod tests {
                 }
             }
         }
-        assert!(group_norm(Isa::current(), &[], 5, 1, (&[1.0], &[0.0]), 0.1).is_empty());
+        assert!(group_norm(Isa::current(), &[], 5, 1, (&[1.0], &[0.0]), 0.1, Activation::Relu).is_empty());
     }
 
     #[test]
     fn an_infinity_stays_in_its_group() {
         let mut x: Vec<f32> = (0..2 * 5 * 6).map(|i| i as f32).collect();
         x[4] = f32::INFINITY;
-        let y = group_norm(Isa::current(), &x, 5, 3, (&[1.0; 6], &[0.0; 6]), 1e-5);
+        let y = group_norm(Isa::current(), &x, 5, 3, (&[1.0; 6], &[0.0; 6]), 1e-5, Activation::Identity);
         for (i, y) in y.iter().enumerate() {
             assert_eq!(y.is_nan(), i < 30 && i % 6 >= 4, "{i}: {y}");
         }

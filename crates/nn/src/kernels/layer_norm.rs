@@ -8,7 +8,9 @@
 use std::mem::MaybeUninit;
 
 use super::isa::Isa;
+use super::math;
 use super::simd::{MAX_LANES, Simd, simd_entry};
+use crate::activation::Activation;
 
 /// The definition, with sums in f64.
 #[cfg(test)]
@@ -57,7 +59,13 @@ pub(super) unsafe fn sum<S: Simd, const SQUARED: bool>(x: *const f32, n: usize, 
 /// # Safety
 /// The CPU has `S`; `w` and `b` are as long, `x` and `y` a multiple of that and as long as each other.
 #[inline(always)]
-unsafe fn layer_norm_kernel<S: Simd>(x: &[f32], w: &[f32], b: &[f32], eps: f32, y: &mut [MaybeUninit<f32>]) {
+unsafe fn layer_norm_kernel<S: Simd>(
+    activation: Activation,
+    x: &[f32],
+    (w, b): (&[f32], &[f32]),
+    eps: f32,
+    y: &mut [MaybeUninit<f32>],
+) {
     let n = w.len();
     let (w, b) = (w.as_ptr(), b.as_ptr());
     for (x, y) in x.chunks_exact(n).zip(y.chunks_exact_mut(n)) {
@@ -70,31 +78,44 @@ unsafe fn layer_norm_kernel<S: Simd>(x: &[f32], w: &[f32], b: &[f32], eps: f32, 
             let mut i = 0;
             while i + S::LANES <= n {
                 let normed = S::mul(S::sub(S::load(x.add(i)), mean), scale);
-                S::store(y.add(i), S::fma(normed, S::load(w.add(i)), S::load(b.add(i))));
+                let normed = S::fma(normed, S::load(w.add(i)), S::load(b.add(i)));
+                S::store(y.add(i), math::activate::<S>(activation, normed));
                 i += S::LANES;
             }
             if i < n {
                 let lanes = n - i;
                 let normed = S::mul(S::sub(S::load_partial(x.add(i), lanes), mean), scale);
                 let (w, b) = (S::load_partial(w.add(i), lanes), S::load_partial(b.add(i), lanes));
-                S::store_partial(y.add(i), lanes, S::fma(normed, w, b));
+                S::store_partial(y.add(i), lanes, math::activate::<S>(activation, S::fma(normed, w, b)));
             }
         }
     }
 }
 
 simd_entry! {
-    fn layer_norm_on(x: &[f32], w: &[f32], b: &[f32], eps: f32, y: &mut [MaybeUninit<f32>]) = layer_norm_kernel
+    fn layer_norm_on(
+        activation: Activation,
+        x: &[f32],
+        w_and_b: (&[f32], &[f32]),
+        eps: f32,
+        y: &mut [MaybeUninit<f32>],
+    ) = layer_norm_kernel
 }
 
-/// Normalises every row of `w.len()` elements; all of `y` is written.
+/// Normalises every row of `w.len()` elements, then applies `activation`; all of `y` is written.
 ///
 /// # Panics
 /// When `w` is empty or differs in length from `b`, or `x` is not whole rows, as many as `y` has.
-pub(crate) fn layer_norm(x: &[f32], w: &[f32], b: &[f32], eps: f32, y: &mut [MaybeUninit<f32>]) {
+pub(crate) fn layer_norm(
+    activation: Activation,
+    x: &[f32],
+    (w, b): (&[f32], &[f32]),
+    eps: f32,
+    y: &mut [MaybeUninit<f32>],
+) {
     assert!(!w.is_empty() && w.len() == b.len() && x.len().is_multiple_of(w.len()) && x.len() == y.len());
     // SAFETY: the current set is one that the CPU has; lengths just checked.
-    unsafe { layer_norm_on(Isa::current(), x, w, b, eps, y) }
+    unsafe { layer_norm_on(Isa::current(), activation, x, (w, b), eps, y) }
 }
 
 #[cfg(test)]
@@ -151,12 +172,15 @@ pub(super) mod tests {
                 let mut want = vec![0.0; x.len()];
                 layer_norm_scalar(x, w, b, 1e-5, &mut want);
                 // SAFETY: an available set, lengths as asked.
-                let got = guarded(x.len(), |y| unsafe { layer_norm_on(isa, x, w, b, 1e-5, y) });
+                let run = |act| guarded(x.len(), |y| unsafe { layer_norm_on(isa, act, x, (w, b), 1e-5, y) });
+                let got = run(Activation::Identity);
                 // the row at 1000 ± 1 has lost 10 of its 24 bits before it comes here
                 let (near, far) = (2e-6, 3e-4);
                 assert_rows_close(n, &got[..n], &want[..n], near, &isa.to_string());
                 assert_rows_close(n, &got[n..2 * n], &want[n..2 * n], far, &isa.to_string());
                 assert_rows_close(n, &got[2 * n..], &want[2 * n..], near, &isa.to_string());
+                let (relu, finite) = (run(Activation::Relu), 6 * n);
+                assert!(relu[..finite].iter().zip(&got).all(|(relu, plain)| *relu == plain.max(0.0)), "{isa}, n {n}");
             }
         }
     }
