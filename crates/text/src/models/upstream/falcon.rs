@@ -16,8 +16,8 @@ use crate::causal::phase_costs;
 use crate::models::falcon::FalconConfig;
 use crate::models::layer_norm_decoder::{self, Sizes};
 
-/// `FalconForCausalLM` of one head of keys and values with rotary positions, as Falcon-7B, on one sequence. It keeps keys
-/// and values, gives the logits of the last position alone, and takes GELU's approximation by tanh for GELU.
+/// `FalconForCausalLM` of one head of keys and values with rotary positions, as Falcon-7B, on one sequence. It keeps
+/// keys and values, gives the logits of the last position alone, and takes GELU's approximation by tanh for GELU.
 pub(crate) struct Falcon {
     model: falcon::Falcon,
     sizes: Sizes,
