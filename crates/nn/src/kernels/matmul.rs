@@ -444,13 +444,15 @@ fn product(a: Source<'_>, m: usize, w: &PackedMatrix, epilogue: &Epilogue<'_>, o
         return;
     }
     let rounded;
-    let mut round = |a, rows| {
-        rounded = round_to_pairs(w.isa, a, rows, w.k);
-        Rows::contiguous(&rounded, w.steps())
-    };
     let a = match (&w.panels, a) {
-        (Panels::Pairs(..), Source::Rows(a)) => Source::Rows(round(a, m)),
-        (Panels::Pairs(..), Source::Picked(a, index)) => Source::Picked(round(a, rows_picked(index)), index),
+        (Panels::Pairs(..), Source::Rows(a)) => {
+            rounded = round_to_pairs(w.isa, a, m, w.k);
+            Source::Rows(Rows::contiguous(&rounded, w.steps()))
+        }
+        (Panels::Pairs(..), Source::Picked(a, index)) => {
+            rounded = round_to_pairs(w.isa, a, rows_picked(index), w.k);
+            Source::Picked(Rows::contiguous(&rounded, w.steps()), index)
+        }
         (_, a) => a,
     };
     let grid = w.grid(m, pool::threads());
