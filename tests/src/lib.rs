@@ -11,7 +11,15 @@ use serde_json::Value;
 
 /// The families of all modality crates.
 pub fn families() -> impl Iterator<Item = &'static str> {
-    [roofbench_text::FAMILIES, roofbench_vision::FAMILIES, roofbench_speech::FAMILIES].into_iter().flatten().copied()
+    [
+        roofbench_text::FAMILIES,
+        roofbench_vision::FAMILIES,
+        roofbench_speech::FAMILIES,
+        roofbench_multimodal::FAMILIES,
+    ]
+    .into_iter()
+    .flatten()
+    .copied()
 }
 
 /// The `transformers` classes of `family` that run.
@@ -20,6 +28,7 @@ pub fn classes(family: &str) -> &'static [&'static str] {
         Modality::Text => roofbench_text::classes(family),
         Modality::Vision => roofbench_vision::classes(family),
         Modality::Speech => roofbench_speech::classes(family),
+        Modality::Multimodal => roofbench_multimodal::classes(family),
     }
 }
 
@@ -28,6 +37,7 @@ enum Modality {
     Text,
     Vision,
     Speech,
+    Multimodal,
 }
 
 impl Modality {
@@ -36,6 +46,7 @@ impl Modality {
         match family {
             family if roofbench_text::FAMILIES.contains(&family) => Self::Text,
             family if roofbench_speech::FAMILIES.contains(&family) => Self::Speech,
+            family if roofbench_multimodal::FAMILIES.contains(&family) => Self::Multimodal,
             _ => Self::Vision,
         }
     }
@@ -51,6 +62,7 @@ impl reference::Models for Models {
             Modality::Text => roofbench_text::aliases(spec),
             Modality::Vision => roofbench_vision::aliases(&spec.family),
             Modality::Speech => roofbench_speech::aliases(spec),
+            Modality::Multimodal => roofbench_multimodal::aliases(spec),
         }
     }
 
@@ -59,6 +71,7 @@ impl reference::Models for Models {
             Modality::Text => roofbench_text::load(spec, weights),
             Modality::Vision => roofbench_vision::load(spec, weights),
             Modality::Speech => roofbench_speech::load(spec, weights),
+            Modality::Multimodal => roofbench_multimodal::load(spec, weights),
         }
     }
 
@@ -69,6 +82,7 @@ impl reference::Models for Models {
     ) -> std::result::Result<Box<dyn Processor>, SessionError> {
         match Modality::of(family) {
             Modality::Speech => roofbench_speech::processor(family, configs),
+            Modality::Multimodal => roofbench_multimodal::processor(family, configs),
             _ => roofbench_vision::processor(family, configs),
         }
     }

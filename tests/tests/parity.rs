@@ -39,6 +39,11 @@ fn preprocessing_agrees_with_transformers() {
 }
 
 #[test]
+fn postprocessing_agrees_with_transformers() {
+    assert!(check(Kind::Postprocess) > 0);
+}
+
+#[test]
 fn every_family_has_cases() {
     for family in families() {
         assert!(!find(&fixtures().join(family)).unwrap().is_empty(), "{family}");

@@ -6,6 +6,7 @@ mod ci;
 mod docs;
 mod peers;
 mod process;
+mod sanitize;
 mod tidy;
 
 use std::process::ExitCode;
@@ -31,6 +32,8 @@ enum Task {
     Docs(docs::Arguments),
     /// Runs our cells and those of PyTorch, ONNX Runtime, OpenVINO and candle-transformers in alternation
     Peers(peers::Arguments),
+    /// Runs the kernels' tests under AddressSanitizer
+    Sanitize,
     /// Checks what the compiler can't: crate edges, homes of libraries, unsafe code, the catalog's rows
     Tidy,
 }
@@ -42,6 +45,7 @@ fn main() -> ExitCode {
         Task::Ci(arguments) => ci::run(&arguments).map(|()| ExitCode::SUCCESS),
         Task::Docs(arguments) => docs::run(&arguments).map(|()| ExitCode::SUCCESS),
         Task::Peers(arguments) => peers::run(&arguments),
+        Task::Sanitize => sanitize::run().map(|()| ExitCode::SUCCESS),
         Task::Tidy => tidy::run().map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {

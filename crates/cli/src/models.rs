@@ -51,6 +51,14 @@ const MODALITIES: &[Modality] = &[
         load: roofbench_speech::load,
         processor: Some(roofbench_speech::processor),
     },
+    #[cfg(feature = "multimodal")]
+    Modality {
+        families: roofbench_multimodal::FAMILIES,
+        classes: roofbench_multimodal::classes,
+        aliases: roofbench_multimodal::aliases,
+        load: roofbench_multimodal::load,
+        processor: Some(roofbench_multimodal::processor),
+    },
 ];
 
 fn modality(family: &str) -> Option<&'static Modality> {
@@ -154,6 +162,7 @@ pub(crate) fn build() -> Build {
         ("text", cfg!(feature = "text")),
         ("vision", cfg!(feature = "vision")),
         ("speech", cfg!(feature = "speech")),
+        ("multimodal", cfg!(feature = "multimodal")),
         ("cuda", cfg!(feature = "cuda")),
         ("cudnn", cfg!(feature = "cudnn")),
         ("metal", cfg!(feature = "metal")),

@@ -55,16 +55,32 @@ impl<'a> Inputs<'a> {
         }
     }
 
+    /// The same, or `None` when the call leaves them out.
+    ///
+    /// # Errors
+    /// Another shape or type.
+    pub fn optional_matrix(&self, name: &str) -> Result<Option<Tensor>, SessionError> {
+        if self.call.inputs.contains_key(name) { self.matrix(name).map(Some) } else { Ok(None) }
+    }
+
     /// Integers of the shape of `like` (input_ids) as i64, or `None` when the call leaves them out.
     ///
     /// # Errors
     /// Another shape or type.
     pub fn matrix_like(&self, name: &str, like: &Tensor) -> Result<Option<Tensor>, SessionError> {
+        self.matrix_as(name, ("input_ids", like))
+    }
+
+    /// The same with the name of the input that the shape is from.
+    ///
+    /// # Errors
+    /// Another shape or type.
+    pub fn matrix_as(&self, name: &str, (of, like): (&str, &Tensor)) -> Result<Option<Tensor>, SessionError> {
         match self.call.inputs.get(name) {
             None => Ok(None),
             Some(tensor) if tensor.dims() == like.dims() => integers(name, tensor).map(Some),
             Some(tensor) => {
-                let reason = format!("has shape {:?}, input_ids have {:?}", tensor.dims(), like.dims());
+                let reason = format!("has shape {:?}, {of} have {:?}", tensor.dims(), like.dims());
                 Err(SessionError::input(name, reason))
             }
         }
@@ -218,6 +234,11 @@ mod tests {
         let inputs = Inputs::forward(&call, &["mask"], &[]).unwrap();
         assert!(message(inputs.matrix_like("mask", &like)).contains("[1, 2], input_ids have [1, 3]"));
         assert!(inputs.matrix_like("other", &like).unwrap().is_none());
+        assert!(
+            message(inputs.matrix_as("mask", ("decoder_input_ids", &like))).contains("decoder_input_ids have [1, 3]")
+        );
+        assert_eq!(inputs.optional_matrix("mask").unwrap().map(|mask| mask.dims().to_vec()), Some(vec![1, 2]));
+        assert!(inputs.optional_matrix("other").unwrap().is_none());
     }
 
     #[test]

@@ -1,8 +1,9 @@
 //! Element-wise activations under the names that `config.json` gives them.
 
+use std::mem::MaybeUninit;
 use std::str::FromStr;
 
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, bail};
 use serde::Deserialize;
 
 use crate::cost;
@@ -124,6 +125,40 @@ impl Activation {
     }
 }
 
+/// Every element brought into `-limit..=limit`. NaN stays; comparisons are no FLOPs.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use roofbench_nn::activation::clip;
+///
+/// let y = clip(&Tensor::new(&[-3f32, 0.5, 2.], &Device::Cpu)?, 1.0)?;
+/// assert_eq!(y.to_vec1::<f32>()?, [-1., 0.5, 1.]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// # Errors
+/// When `limit` is negative or NaN, and candle's.
+pub fn clip(x: &Tensor, limit: f32) -> Result<Tensor> {
+    if limit.is_nan() || limit < 0.0 {
+        bail!("clip: the limit is {limit}, expected 0 or more")
+    }
+    if !op::is_cpu_f32(x) {
+        return x.clamp(-limit, limit);
+    }
+    #[expect(unsafe_code, reason = "the closure fills what is handed to it")]
+    op::apply1("clip", &x.contiguous()?, |storage, layout| {
+        let x = op::elements::<f32>(storage, layout)?;
+        let fill = |begin: usize, part: &mut [MaybeUninit<f32>]| {
+            for (y, &x) in part.iter_mut().zip(&x[begin..]) {
+                y.write(x.clamp(-limit, limit));
+            }
+        };
+        // SAFETY: each element of the part is written.
+        let y = unsafe { op::collect_chunks(x.len(), kernel::CHUNK, fill) };
+        Ok((y, layout.shape().clone()))
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use candle_core::{DType, Device};
@@ -135,6 +170,21 @@ mod tests {
         assert_eq!(serde_json::from_str::<Activation>("\"gelu_new\"").unwrap(), Activation::GeluTanh);
         let error = serde_json::from_str::<Activation>("\"maxout\"").unwrap_err().to_string();
         assert!(error.contains("`maxout`") && error.contains("quick_gelu"), "{error}");
+    }
+
+    #[test]
+    fn clipped_values() -> Result<()> {
+        let x = Tensor::randn(0f32, 3.0, (3, 5, 1777), &Device::Cpu)?;
+        for x in [&x, &x.transpose(0, 2)?, &x.narrow(1, 1, 3)?] {
+            let wanted = x.clamp(-1.5f32, 1.5f32)?.flatten_all()?.to_vec1::<f32>()?;
+            assert_eq!(clip(x, 1.5)?.flatten_all()?.to_vec1::<f32>()?, wanted);
+        }
+        let half = clip(&x.to_dtype(DType::BF16)?, 0.0)?;
+        assert_eq!(half.abs()?.max_all()?.to_dtype(DType::F32)?.to_scalar::<f32>()?, 0.0);
+        let not_a_number = Tensor::new(&[f32::NAN], &Device::Cpu)?;
+        assert!(clip(&not_a_number, 1.0)?.to_vec1::<f32>()?[0].is_nan());
+        assert!(clip(&x, -1.0).is_err() && clip(&x, f32::NAN).is_err());
+        Ok(())
     }
 
     #[test]

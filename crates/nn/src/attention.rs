@@ -6,6 +6,7 @@ use candle_core::{CpuStorage, D, DType, Device, Layout, Result, Storage, Tensor,
 use candle_nn::VarBuilder;
 
 use crate::cost;
+use crate::gather::RowIndex;
 use crate::kernels::attention as kernel;
 use crate::linear::Linear;
 use crate::op;
@@ -44,6 +45,8 @@ pub struct Mask {
     padding: Option<Padding>,
     /// (batch or 1, heads or 1, queries or 1, keys), added to the scaled scores.
     bias: Option<Tensor>,
+    /// Which of the biases each item of the batch takes; its own, or the only one, where absent.
+    which: Option<Arc<[u32]>>,
 }
 
 #[derive(Debug, Clone)]
@@ -60,7 +63,7 @@ impl Mask {
     /// # Errors
     /// When it has another number of dimensions.
     pub fn padding(attention_mask: &Tensor) -> Result<Option<Self>> {
-        Ok(Padding::new(attention_mask)?.map(|padding| Self { padding: Some(padding), bias: None }))
+        Ok(Padding::new(attention_mask)?.map(|padding| Self { padding: Some(padding), ..Self::default() }))
     }
 
     /// A bias on the scaled scores, as of relative positions or ALiBi.
@@ -72,7 +75,23 @@ impl Mask {
     /// When it has another number of dimensions.
     pub fn additive(bias: &Tensor) -> Result<Self> {
         bias.dims4()?;
-        Ok(Self { padding: None, bias: Some(bias.clone()) })
+        Ok(Self { bias: Some(bias.clone()), ..Self::default() })
+    }
+
+    /// A few biases of which each item of the batch takes one: item `i` the `which[i]`-th. Windows of an image share
+    /// theirs so. Quickest is a bias whose queries lie side by side: (biases, heads, keys, queries), transposed.
+    ///
+    /// # Shapes
+    /// (biases, heads or 1, queries or 1, keys).
+    ///
+    /// # Errors
+    /// When it has another number of dimensions, or `which` names one that does not exist.
+    pub fn additive_choice(bias: &Tensor, which: impl Into<Arc<[u32]>>) -> Result<Self> {
+        let ((biases, ..), which) = (bias.dims4()?, which.into());
+        if let Some(beyond) = which.iter().find(|index| **index as usize >= biases) {
+            bail!("attention: the bias has shape {:?}, an item asks for number {beyond}", bias.dims())
+        }
+        Ok(Self { bias: Some(bias.clone()), which: Some(which), ..Self::default() })
     }
 
     /// The same with a bias, as in [`additive`](Self::additive).
@@ -81,7 +100,7 @@ impl Mask {
     /// As there.
     pub fn with_bias(self, bias: &Tensor) -> Result<Self> {
         bias.dims4()?;
-        Ok(Self { bias: Some(bias.clone()), ..self })
+        Ok(Self { bias: Some(bias.clone()), which: None, ..self })
     }
 
     /// The same with keys that do not exist, as in [`padding`](Self::padding).
@@ -181,8 +200,67 @@ impl SelfAttention {
     /// # Errors
     /// As for [`Linear::forward`] and [`Attention::forward`].
     pub fn forward(&self, x: &Tensor, mask: Option<&Mask>) -> Result<Tensor> {
-        let [q, k, v] = self.attention.split(&self.qkv.forward(x)?)?;
+        self.attend(&self.qkv.forward(x)?, mask)
+    }
+
+    /// Over the rows of `x` that `index` picks, as windows of an image are.
+    ///
+    /// # Shapes
+    /// (..., dim) → (batch, seq, heads · head_dim), the first two those of the index.
+    ///
+    /// # Errors
+    /// As for [`Linear::forward_rows`] and [`Attention::forward`].
+    pub fn forward_rows(&self, x: &Tensor, index: &RowIndex, mask: Option<&Mask>) -> Result<Tensor> {
+        self.attend(&self.qkv.forward_rows(x, index)?, mask)
+    }
+
+    fn attend(&self, qkv: &Tensor, mask: Option<&Mask>) -> Result<Tensor> {
+        let [q, k, v] = self.attention.split(qkv)?;
         self.attention.forward(&q, &k, &v, mask)
+    }
+}
+
+/// Self-attention of the first rows alone, which see all: for a last layer of which no other row is used.
+#[derive(Clone)]
+pub struct FirstRows {
+    q: Linear,
+    kv: Linear,
+    attention: Attention,
+    rows: usize,
+}
+
+impl FirstRows {
+    /// As [`SelfAttention::load`], for the first `rows` rows of each item.
+    ///
+    /// # Errors
+    /// As there, and when the pattern hides keys.
+    pub fn load(
+        dim: usize,
+        attention: Attention,
+        names: [&str; 3],
+        bias: bool,
+        vb: VarBuilder<'_>,
+        rows: usize,
+    ) -> Result<Self> {
+        if attention.pattern != Pattern::Full {
+            bail!("FirstRows: queries that are not the last see all keys, or none can be said to; {attention:?}")
+        }
+        let [queries, keys] = [attention.heads, attention.kv_heads].map(|heads| heads * attention.head_dim);
+        let q = Linear::load(dim, queries, bias, vb.pp(names[0]))?;
+        let kv = Linear::load_fused(dim, &[(names[1], keys), (names[2], keys)], bias, vb)?;
+        Ok(Self { q, kv, attention, rows })
+    }
+
+    /// # Shapes
+    /// (batch, seq, dim) → (batch, rows, heads · head_dim).
+    ///
+    /// # Errors
+    /// As for [`Linear::forward`] and [`Attention::forward`].
+    pub fn forward(&self, x: &Tensor, mask: Option<&Mask>) -> Result<Tensor> {
+        let q = self.q.forward(&x.narrow(1, 0, self.rows)?.contiguous()?)?;
+        let kv = self.kv.forward(x)?;
+        let width = self.attention.kv_heads * self.attention.head_dim;
+        self.attention.forward(&q, &kv.narrow(2, 0, width)?, &kv.narrow(2, width, width)?, mask)
     }
 }
 
@@ -227,6 +305,7 @@ impl Attention {
         }
         let unit_rows = |x: &Tensor| if x.stride()[2] == 1 { Ok(x.clone()) } else { x.contiguous() };
         let bias = match mask.and_then(|mask| mask.bias.as_ref()) {
+            Some(bias) if bias.stride()[2..].contains(&1) => Some(bias.to_dtype(DType::F32)?),
             Some(bias) => Some(bias.to_dtype(DType::F32)?.contiguous()?),
             None => None,
         };
@@ -234,8 +313,10 @@ impl Attention {
         let bias = match &bias {
             Some((storage, layout)) => match &**storage {
                 Storage::Cpu(storage) => {
-                    let strides = [0, 1, 2].map(|d| if layout.dims()[d] == 1 { 0 } else { layout.stride()[d] });
-                    Some(kernel::Bias { data: op::elements(storage, layout)?, strides })
+                    let strides = [0, 1, 2, 3].map(|d| if layout.dims()[d] == 1 { 0 } else { layout.stride()[d] });
+                    let data = storage.as_slice::<f32>()?.get(layout.start_offset()..).unwrap_or_default();
+                    let which = mask.and_then(|mask| mask.which.as_deref());
+                    Some(kernel::Bias { data, strides, which })
                 }
                 _ => bail!("attention: the bias is on {:?}, the queries on the CPU", q.device()),
             },
@@ -280,8 +361,12 @@ impl Attention {
         let shared = |x: &Tensor| x.reshape((batch, keys, self.kv_heads, self.head_dim))?.transpose(1, 2)?.contiguous();
         let scores = q.matmul(&shared(k)?.t()?)?.to_dtype(DType::F32)?;
         let scores = (scores * f64::from(self.scale()))?.reshape((batch, self.heads, queries, keys))?;
-        let scores = match mask.and_then(|mask| mask.bias.as_ref()) {
-            Some(bias) => scores.broadcast_add(&bias.to_dtype(DType::F32)?)?,
+        let scores = match mask.and_then(|mask| Some((mask.bias.as_ref()?, mask.which.as_deref()))) {
+            Some((bias, None)) => scores.broadcast_add(&bias.to_dtype(DType::F32)?)?,
+            Some((bias, Some(which))) => {
+                let bias = bias.index_select(&Tensor::new(which, bias.device())?, 0)?;
+                scores.broadcast_add(&bias.to_dtype(DType::F32)?)?
+            }
             None => scores,
         };
         let scores = match self.allowed(mask, sizes, scores.device())? {
@@ -341,9 +426,16 @@ impl Attention {
             let found = [padding.valid.len(), padding.keys];
             bail!("attention: the padding mask has shape {found:?}, expected {:?}", [batch, keys])
         }
-        if let Some(bias) = mask.and_then(|mask| mask.bias.as_ref()) {
+        if let Some(which) = mask.and_then(|mask| mask.which.as_ref())
+            && which.len() != batch
+        {
+            bail!("attention: biases are chosen for {} items, the batch has {batch}", which.len())
+        }
+        if let Some((mask, bias)) = mask.and_then(|mask| Some((mask, mask.bias.as_ref()?))) {
             let expected = [batch, heads, queries, keys];
-            let fits = |(d, (found, expected)): (usize, (&usize, &usize))| found == expected || (*found == 1 && d < 3);
+            let fits = |(d, (found, expected)): (usize, (&usize, &usize))| {
+                found == expected || (*found == 1 && d < 3) || (d == 0 && mask.which.is_some())
+            };
             if !bias.dims().iter().zip(&expected).enumerate().all(fits) {
                 bail!("attention: the bias has shape {:?}, expected {expected:?} or 1 in the first three", bias.dims())
             }
@@ -353,7 +445,7 @@ impl Attention {
 }
 
 /// A tensor (batch, rows, width) whose rows are contiguous.
-fn strided<'a>((storage, layout): (&'a CpuStorage, &Layout)) -> Result<kernel::Strided<'a>> {
+pub(crate) fn strided<'a>((storage, layout): (&'a CpuStorage, &Layout)) -> Result<kernel::Strided<'a>> {
     let data = storage.as_slice::<f32>()?.get(layout.start_offset()..).unwrap_or_default();
     Ok(kernel::Strided { data, batch: layout.stride()[0], row: layout.stride()[1] })
 }
@@ -370,6 +462,30 @@ mod tests {
         let difference = (fused - plain)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
         // sums of some hundred products of size 1 in another order
         assert!(difference < 1e-5, "{attention:?}: {difference}");
+        Ok(())
+    }
+
+    #[test]
+    fn first_rows_are_those_of_all() -> Result<()> {
+        let wave = |shape: (usize, usize), k: f32| {
+            let data = (0..shape.0 * shape.1).map(|i| (i as f32 * k).sin()).collect::<Vec<_>>();
+            Tensor::from_vec(data, shape, &Device::Cpu)
+        };
+        let weights =
+            [("q", 0.3), ("k", 0.7), ("v", 0.9)].map(|(name, k)| Ok((format!("{name}.weight"), wave((8, 6), k)?)));
+        let weights = weights.into_iter().collect::<Result<_>>()?;
+        let vb = VarBuilder::from_tensors(weights, DType::F32, &Device::Cpu);
+        let attention = Attention { heads: 2, kv_heads: 2, head_dim: 4, scale: None, pattern: Pattern::Full };
+        let x = wave((3 * 7, 6), 1.1)?.reshape((3, 7, 6))?;
+        let mask =
+            Mask::padding(&Tensor::new(&[[1u8; 7], [1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 1]], &Device::Cpu)?)?;
+        let names = ["q", "k", "v"];
+        let all = SelfAttention::load(6, attention, names, false, vb.clone())?.forward(&x, mask.as_ref())?;
+        let first = FirstRows::load(6, attention, names, false, vb.clone(), 2)?.forward(&x, mask.as_ref())?;
+        let error = (all.narrow(1, 0, 2)? - first)?.abs()?.max_all()?.to_scalar::<f32>()?;
+        assert!(error < 1e-6, "{error}");
+        let causal = Attention { pattern: Pattern::Causal, ..attention };
+        assert!(FirstRows::load(6, causal, names, false, vb, 2).is_err());
         Ok(())
     }
 
@@ -398,6 +514,12 @@ mod tests {
                     let mask = Mask::additive(&Tensor::randn(0f32, 1.0, (b, h, n, seq), cpu)?)?;
                     assert_paths_agree(&attention, [&q, &k, &v], Some(&mask))?;
                     assert_paths_agree(&attention, [&q, &k, &v], Some(&mask.with_padding(&left)?))?;
+                }
+                let biases = Tensor::randn(0f32, 1.0, (2, heads, seq, seq), cpu)?;
+                let heads_last = biases.permute((0, 2, 3, 1))?.contiguous()?;
+                for biases in [&biases, &biases.transpose(2, 3)?, &heads_last.permute((0, 3, 1, 2))?] {
+                    let mask = Mask::additive_choice(biases, [1u32, 0, 1])?;
+                    assert_paths_agree(&attention, [&q, &k, &v], Some(&mask))?;
                 }
             }
         }
@@ -437,6 +559,9 @@ mod tests {
         assert!(error(&q, &k, mask.as_ref()).contains("padding mask has shape [1, 4], expected [1, 5]"));
         let mask = Mask::additive(&Tensor::zeros((1, 1, 3, 1), DType::F32, cpu)?)?;
         assert!(error(&q, &k, Some(&mask)).contains("bias has shape [1, 1, 3, 1], expected [1, 4, 3, 5]"));
+        let biases = Tensor::zeros((2, 1, 3, 5), DType::F32, cpu)?;
+        assert!(error(&q, &k, Some(&Mask::additive_choice(&biases, [0u32, 1])?)).contains("chosen for 2 items"));
+        assert!(Mask::additive_choice(&biases, [2u32]).unwrap_err().to_string().contains("number 2"));
         let attention = Attention { kv_heads: 3, ..attention };
         assert!(attention.forward(&q, &k, &k, None).unwrap_err().to_string().contains("cannot share 3"));
         Ok(())

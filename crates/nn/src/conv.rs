@@ -800,16 +800,33 @@ impl ConvTranspose2d {
                 x.dims()
             )
         };
+        let shape = [batch, size[0], size[1], self.channels.1];
+        self.note_cost(x, shape);
         match &*self.weight {
             Weight::Packed { packed, bias } => {
+                activation.note_cost(shape.iter().product());
                 let after = After { bias: bias.as_deref(), residual: None, activation };
-                let shape = [batch, size[0], size[1], self.channels.1];
                 op::apply1("packed-conv-transpose", &x.contiguous()?, |storage, layout| {
                     run(storage, layout, shape, |x, batch, size, out| packed.forward(x, batch, size, &after, out))
                 })
             }
             Weight::Plain { weight, bias } => activation.forward(&self.plain(x, size, weight, bias.as_ref())?),
         }
+    }
+
+    fn note_cost(&self, x: &Tensor, shape: [usize; 4]) {
+        cost::note(|| {
+            let has_bias = match &*self.weight {
+                Weight::Packed { bias, .. } => bias.is_some(),
+                Weight::Plain { bias, .. } => bias.is_some(),
+            };
+            let ConvTranspose2dConfig { kernel, groups, .. } = self.config;
+            let outputs = shape.iter().product::<usize>();
+            // each pixel goes to every tap, also to those that are cut off
+            let products = x.elem_count() * kernel.0 * kernel.1 * (self.channels.1 / groups);
+            let flops = 2 * products + usize::from(has_bias) * outputs;
+            cost::weighted(flops, self.weight_bytes(), outputs * x.dtype().size_in_bytes())
+        });
     }
 
     fn plain(&self, x: &Tensor, size: [usize; 2], weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {

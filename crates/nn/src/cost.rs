@@ -101,10 +101,15 @@ pub(crate) fn attention(
     };
     let pairs = (0..queries).map(visible).sum::<u64>() * (batch * heads) as u64;
     Recorded {
-        flops: pairs * (4 * head_dim as u64 + SOFTMAX_FLOPS),
+        flops: attention_flops(pairs, head_dim as u64),
         weight_bytes: 0,
         activation_bytes: (batch * queries * heads * head_dim * element_bytes) as u64,
     }
+}
+
+/// Both products and softmax over pairs of a query and a key, counted for every head.
+pub(crate) fn attention_flops(pairs: u64, head_dim: u64) -> u64 {
+    pairs * (4 * head_dim + SOFTMAX_FLOPS)
 }
 
 #[cfg(test)]
@@ -114,10 +119,13 @@ mod tests {
     use super::*;
     use crate::activation::Activation;
     use crate::attention::Attention;
+    use crate::conv::{Conv2d, Conv2dConfig};
     use crate::embedding::Embedding;
     use crate::linear::Linear;
     use crate::mlp::gated;
-    use crate::norm::{LayerNorm, RmsNorm};
+    use crate::norm::{GroupNorm, LayerNorm, RmsNorm};
+    use crate::pooling::{Pool2dConfig, global_avg_pool_2d, max_pool_2d};
+    use crate::resize::nearest_add;
 
     fn flops<T>(f: impl FnOnce() -> Result<T>) -> u64 {
         let (result, recorded) = record(f);
@@ -140,6 +148,24 @@ mod tests {
         let table = Embedding::new(&ones(&[9, 5])?)?;
         let (_, looked_up) = record(|| table.forward(&Tensor::new(&[1u32, 2], &Device::Cpu)?));
         assert_eq!(looked_up, Recorded { flops: 0, weight_bytes: 40, activation_bytes: 40 });
+        Ok(())
+    }
+
+    #[test]
+    fn maps_by_hand() -> Result<()> {
+        let ones = |shape: &[usize]| Tensor::ones(shape, DType::F32, &Device::Cpu);
+        // 2 -> 4 channels, 3 x 3 on 5 x 5 pixels: 100 outputs with windows of 18 and a bias
+        let config = Conv2dConfig::new(3).padding(1);
+        let conv = Conv2d::new(&ones(&[4, 2, 3, 3])?, Some(&ones(&[4])?), config)?;
+        let (x, y) = (ones(&[1, 5, 5, 2])?, ones(&[1, 5, 5, 4])?);
+        assert_eq!(flops(|| conv.forward(&x)), 3700);
+        assert_eq!(flops(|| conv.forward_act(&x, Activation::Relu)), 3800);
+        assert_eq!(flops(|| conv.forward_add(&x, &y, Activation::Relu)), 3900);
+        let norm = GroupNorm::new(2, &ones(&[4])?, None, 1e-5)?;
+        assert_eq!(flops(|| norm.forward_act(&y, Activation::Relu)), 8 * 100);
+        assert_eq!(flops(|| global_avg_pool_2d(&y)), 100);
+        assert_eq!(flops(|| max_pool_2d(&y, Pool2dConfig::new(3, 2))), 0);
+        assert_eq!(flops(|| nearest_add(&ones(&[1, 2, 2, 4])?, &y)), 100);
         Ok(())
     }
 

@@ -78,8 +78,7 @@ impl Embedding {
     pub fn output(&self, bias: Option<&Tensor>) -> Result<Linear> {
         match &self.table {
             Table::Plain(table) => Linear::new(table, bias),
-            Table::Packed { output, .. } if bias.is_none() => Ok(output.clone()),
-            Table::Packed { .. } => bail!("Embedding: a tied output layer has no bias"),
+            Table::Packed { output, .. } => output.with_bias(bias),
         }
     }
 
@@ -212,6 +211,10 @@ mod tests {
             let first = output.forward(&x)?.to_vec2::<f32>()?;
             assert_eq!(first, plain.output(None)?.forward(&x)?.to_vec2::<f32>()?);
             assert_eq!(first[0][99], table.to_dtype(DType::F32)?.to_vec2::<f32>()?[99][0]);
+            let biased = embedding.output(Some(&Tensor::full(2f32, 100, cpu)?))?;
+            assert!(biased.has_bias() && !output.has_bias());
+            let biased = biased.forward(&x)?.to_vec2::<f32>()?;
+            assert_eq!(biased[0], first[0].iter().map(|x| x + 2.0).collect::<Vec<_>>());
         }
         Ok(())
     }

@@ -9,10 +9,11 @@ use candle_nn::VarBuilder;
 
 use crate::activation::Activation;
 use crate::cost;
+use crate::gather::{RowIndex, gather};
 use crate::kernels::KernelError;
-use crate::kernels::matmul::{Epilogue, PackedMatrix, Rows, Weights, matmul};
+use crate::kernels::matmul::{Epilogue, PackedMatrix, Rows, Weights, matmul, matmul_picked};
 use crate::kernels::quant::{Quantization, QuantizedMatrix, matmul_quantized};
-use crate::memory;
+use crate::{memory, op};
 
 /// In what form a layer on the CPU keeps its weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -121,24 +122,37 @@ impl Linear {
     pub fn new_with(weight: &Tensor, bias: Option<&Tensor>, precision: Precision) -> Result<Self> {
         memory::keep_freed_memory();
         let (out_dim, in_dim) = weight.dims2()?;
-        if let Some(bias) = bias
-            && bias.dims() != [out_dim]
-        {
-            bail!("linear: the weight has shape {:?}, the bias {:?}; expected [{out_dim}]", weight.dims(), bias.dims());
-        }
         let weight = match pack_as(&weight.contiguous()?, out_dim, in_dim, precision)? {
-            Some(matrix) => {
-                let bias = bias.map(|bias| bias.to_dtype(DType::F32)?.to_vec1::<f32>()).transpose()?;
-                Weight::Packed { matrix: Arc::new(matrix), bias: bias.map(Arc::from) }
-            }
+            Some(matrix) => Weight::Packed { matrix: Arc::new(matrix), bias: None },
             None if precision != Precision::Native => bail!(
                 "linear: {precision:?} is for weights in f32, bf16 or f16 on the CPU; these are {:?} on {:?}",
                 weight.dtype(),
                 weight.device().location()
             ),
-            None => Weight::Plain { weight: weight.clone(), bias: bias.cloned() },
+            None => Weight::Plain { weight: weight.clone(), bias: None },
         };
-        Ok(Self { in_dim, out_dim, weight })
+        Self { in_dim, out_dim, weight }.with_bias(bias)
+    }
+
+    /// The same weights, which are shared, with another `bias` (out), or with none.
+    ///
+    /// # Errors
+    /// When the bias has another shape.
+    pub fn with_bias(&self, bias: Option<&Tensor>) -> Result<Self> {
+        if let Some(bias) = bias
+            && bias.dims() != [self.out_dim]
+        {
+            let weight = [self.out_dim, self.in_dim];
+            bail!("linear: the weight has shape {weight:?}, the bias {:?}; expected [{}]", bias.dims(), self.out_dim);
+        }
+        let weight = match &self.weight {
+            Weight::Packed { matrix, .. } => {
+                let bias = bias.map(|bias| bias.to_dtype(DType::F32)?.to_vec1::<f32>()).transpose()?;
+                Weight::Packed { matrix: Arc::clone(matrix), bias: bias.map(Arc::from) }
+            }
+            Weight::Plain { weight, .. } => Weight::Plain { weight: weight.clone(), bias: bias.cloned() },
+        };
+        Ok(Self { weight, ..*self })
     }
 
     /// Reads `weight` (out, in) and, if wanted, `bias` (out).
@@ -190,6 +204,14 @@ impl Linear {
         self.out_dim
     }
 
+    /// Whether it adds a bias.
+    pub fn has_bias(&self) -> bool {
+        match &self.weight {
+            Weight::Packed { bias, .. } => bias.is_some(),
+            Weight::Plain { bias, .. } => bias.is_some(),
+        }
+    }
+
     /// Bytes that the weights and the bias occupy.
     pub fn weight_bytes(&self) -> usize {
         let tensor = |t: &Tensor| t.elem_count() * t.dtype().size_in_bytes();
@@ -221,7 +243,7 @@ impl Linear {
     /// As for [`forward`](Self::forward).
     pub fn forward_act(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
         self.check(x)?;
-        self.note_cost(x);
+        self.note_cost(x.elem_count() / self.in_dim.max(1), x.dtype());
         match &self.weight {
             Weight::Packed { matrix, bias } => {
                 activation.note_cost(x.elem_count() / self.in_dim.max(1) * self.out_dim);
@@ -245,7 +267,7 @@ impl Linear {
         if residual.shape() != &shape {
             bail!("linear: the residual has shape {:?}, the result {shape:?}", residual.shape());
         }
-        self.note_cost(x);
+        self.note_cost(x.elem_count() / self.in_dim.max(1), x.dtype());
         cost::elementwise(shape.elem_count(), 1);
         match &self.weight {
             Weight::Packed { matrix, bias } => {
@@ -256,16 +278,77 @@ impl Linear {
         }
     }
 
-    fn note_cost(&self, x: &Tensor) {
+    /// [`forward`](Self::forward) of the rows that `index` picks; on the CPU they are read where they lie, and not
+    /// copied as a whole.
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use roofbench_nn::gather::RowIndex;
+    /// use roofbench_nn::linear::Linear;
+    ///
+    /// let linear = Linear::new(&Tensor::new(&[[1f32, 10.]], &Device::Cpu)?, None)?;
+    /// let x = Tensor::new(&[[1f32, 2.], [3., 4.]], &Device::Cpu)?;
+    /// let index = RowIndex::new(2, (1, 3), [Some(1), None, Some(0)])?;
+    /// assert_eq!(linear.forward_rows(&x, &index)?.to_vec3::<f32>()?, [[[43.], [0.], [21.]]]);
+    /// # Ok::<(), candle_core::Error>(())
+    /// ```
+    ///
+    /// # Shapes
+    /// (..., in) → (outer, inner, out), those of the index.
+    ///
+    /// # Errors
+    /// As for [`forward`](Self::forward), and when `x` has another number of rows than the index was made for.
+    pub fn forward_rows(&self, x: &Tensor, index: &RowIndex) -> Result<Tensor> {
+        self.picked(x, index, None)
+    }
+
+    /// [`forward_add`](Self::forward_add) of the rows that `index` picks.
+    ///
+    /// # Shapes
+    /// x (..., in), residual (outer, inner, out), the index's, which the result has too.
+    ///
+    /// # Errors
+    /// As for [`forward_rows`](Self::forward_rows), and when the residual has not the result's shape.
+    pub fn forward_rows_add(&self, x: &Tensor, index: &RowIndex, residual: &Tensor) -> Result<Tensor> {
+        self.picked(x, index, Some(residual))
+    }
+
+    fn picked(&self, x: &Tensor, index: &RowIndex, residual: Option<&Tensor>) -> Result<Tensor> {
+        self.check(x)?;
+        index.width_of(x)?;
+        let (Weight::Packed { bias, .. }, Some(matrix)) = (&self.weight, self.packed()) else {
+            let x = gather(x, index)?;
+            return residual.map_or_else(|| self.forward(&x), |residual| self.forward_add(&x, residual));
+        };
+        let (outer, inner) = index.shape();
+        let shape = Shape::from((outer, inner, self.out_dim));
+        if let Some(residual) = residual.filter(|residual| residual.shape() != &shape) {
+            bail!("linear: the residual has shape {:?}, the result {shape:?}", residual.shape());
+        }
+        self.note_cost(index.rows().len(), x.dtype());
+        let run = |x: (&CpuStorage, &Layout), residual: Option<(&CpuStorage, &Layout)>| {
+            let residual = residual.map(rows).transpose()?;
+            let epilogue = Epilogue { bias: bias.as_deref(), activation: Activation::Identity, residual };
+            let y = filled(shape.elem_count(), |out| {
+                matmul_picked(rows(x)?, index.rows(), matrix, &epilogue, out).map_err(candle_core::Error::wrap)
+            })?;
+            Ok((y, shape.clone()))
+        };
+        match residual {
+            None => op::apply1("packed-linear-rows", &with_rows(x)?, |storage, layout| run((storage, layout), None)),
+            Some(residual) => {
+                cost::elementwise(shape.elem_count(), 1);
+                let (x, residual) = (with_rows(x)?, with_rows(residual)?);
+                op::apply2("packed-linear-rows-add", &x, &residual, |[x, residual]| run(x, Some(residual)))
+            }
+        }
+    }
+
+    fn note_cost(&self, rows: usize, dtype: DType) {
         cost::note(|| {
-            let has_bias = match &self.weight {
-                Weight::Packed { bias, .. } => bias.is_some(),
-                Weight::Plain { bias, .. } => bias.is_some(),
-            };
-            let rows = x.elem_count() / self.in_dim.max(1);
             let outputs = rows * self.out_dim;
-            let flops = 2 * rows * self.in_dim * self.out_dim + usize::from(has_bias) * outputs;
-            cost::weighted(flops, self.weight_bytes(), outputs * x.dtype().size_in_bytes())
+            let flops = 2 * rows * self.in_dim * self.out_dim + usize::from(self.has_bias()) * outputs;
+            cost::weighted(flops, self.weight_bytes(), outputs * dtype.size_in_bytes())
         });
     }
 
@@ -483,6 +566,32 @@ mod tests {
         }
         let error = linear.forward_add(&x, &random(&[2, 9, 71])).unwrap_err().to_string();
         assert!(error.contains("[2, 9, 71]") && error.contains("[2, 9, 70]"), "{error}");
+    }
+
+    #[test]
+    fn picked_rows() {
+        let (weight, bias, x) = (random(&[70, 100]), random(&[70]), random(&[2, 9, 100]));
+        let index = RowIndex::new(18, (3, 8), (0..24).map(|i| (i % 4 != 1).then_some(i * 5 % 18))).unwrap();
+        let copied = gather(&x, &index).unwrap();
+        let residual = random(&[3, 8, 70]);
+        for precision in [Precision::Native, Precision::Q8] {
+            let linear = Linear::new_with(&weight, Some(&bias), precision).unwrap();
+            let ((found, recorded), (expected, of_copy)) = (
+                cost::record(|| linear.forward_rows(&x, &index).unwrap()),
+                cost::record(|| linear.forward(&copied).unwrap()),
+            );
+            assert_eq!(found.to_vec3::<f32>().unwrap(), expected.to_vec3::<f32>().unwrap());
+            assert_eq!(recorded, of_copy);
+            let ((found, recorded), (expected, of_copy)) = (
+                cost::record(|| linear.forward_rows_add(&x, &index, &residual).unwrap()),
+                cost::record(|| linear.forward_add(&copied, &residual).unwrap()),
+            );
+            assert_eq!(found.to_vec3::<f32>().unwrap(), expected.to_vec3::<f32>().unwrap());
+            assert_eq!(recorded, of_copy);
+        }
+        let linear = Linear::new(&weight, None).unwrap();
+        assert!(linear.forward_rows_add(&x, &index, &x).unwrap_err().to_string().contains("[3, 8, 70]"));
+        assert!(linear.forward_rows(&random(&[17, 100]), &index).unwrap_err().to_string().contains("[17, 100]"));
     }
 
     trait Transposed {

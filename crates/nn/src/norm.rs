@@ -6,7 +6,7 @@ use candle_nn::VarBuilder;
 use crate::activation::Activation;
 use crate::cost;
 use crate::kernels::isa::Isa;
-use crate::kernels::{group_norm, layer_norm, rms_norm};
+use crate::kernels::{group_norm, layer_norm, response_norm, rms_norm};
 use crate::op;
 
 /// Elements that one thread normalises at a time, about.
@@ -273,6 +273,82 @@ impl GroupNorm {
     }
 }
 
+/// y = x (1 + weight n / (mean n + 1e-6)) + bias, where n is the Euclidean norm of each channel of an item over all
+/// pixels and its mean is over the channels (arXiv:2301.00808), channels last. Mirrors `transformers.ConvNextV2GRN`.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use roofbench_nn::norm::ResponseNorm;
+///
+/// let (weight, bias) = (Tensor::new(&[1f32, 0.], &Device::Cpu)?, Tensor::new(&[0f32, 1.], &Device::Cpu)?);
+/// let norm = ResponseNorm::new(&weight, &bias)?;
+/// // two pixels of two channels, whose norms are 5 and 15
+/// let y = norm.forward(&Tensor::new(&[[[3f32, 9.], [4., 12.]]], &Device::Cpu)?)?;
+/// assert_eq!(y.to_vec3::<f32>()?, [[[4.5, 10.0], [6.0, 13.0]]]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct ResponseNorm {
+    weight: Tensor,
+    bias: Tensor,
+}
+
+impl ResponseNorm {
+    const EPS: f64 = 1e-6;
+
+    /// Reads `weight` and `bias`, both (1, 1, 1, channels).
+    ///
+    /// # Errors
+    /// When a tensor is missing or has another shape.
+    pub fn load(channels: usize, vb: VarBuilder) -> Result<Self> {
+        let get = |name| vb.get((1, 1, 1, channels), name)?.flatten_all();
+        Self::new(&get("weight")?, &get("bias")?)
+    }
+
+    /// From `weight` and `bias`, both (channels).
+    ///
+    /// # Errors
+    /// When their shapes differ.
+    pub fn new(weight: &Tensor, bias: &Tensor) -> Result<Self> {
+        let bias = bias.reshape(weight.dims1()?)?;
+        Ok(Self { weight: kernel_parameter(weight)?, bias: kernel_parameter(&bias)? })
+    }
+
+    /// # Shapes
+    /// `x` and the result are (batch, ..., channels).
+    ///
+    /// # Errors
+    /// When the last dimension is not `channels` or there is no other.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let channels = self.weight.elem_count();
+        check_size("ResponseNorm", x, channels)?;
+        let Some(pixels) = x.dims().get(1..x.rank() - 1).map(|dims| dims.iter().product::<usize>()) else {
+            candle_core::bail!("ResponseNorm got an input of shape {:?}, without a batch", x.dims())
+        };
+        // square and sum, multiply-add of scale and bias
+        note_cost(x, 4, &[&self.weight, &self.bias]);
+        if !op::is_cpu_f32(x) {
+            return self.forward_plain(x, pixels);
+        }
+        op::apply3("response-norm", [&x.contiguous()?, &self.weight, &self.bias], |[x, w, b]| {
+            let (shape, x) = (x.1.shape().clone(), op::elements(x.0, x.1)?);
+            let parameters = (op::elements(w.0, w.1)?, op::elements(b.0, b.1)?);
+            Ok((response_norm::response_norm(Isa::current(), x, pixels, parameters, Self::EPS), shape))
+        })
+    }
+
+    /// In candle's own operations; half precision is widened for the norms.
+    fn forward_plain(&self, x: &Tensor, pixels: usize) -> Result<Tensor> {
+        let wide = if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+        let (weight, bias) = (self.weight.to_dtype(wide)?, self.bias.to_dtype(wide)?);
+        let flat = x.to_dtype(wide)?.reshape((x.dim(0)?, pixels, weight.elem_count()))?;
+        let norms = flat.sqr()?.sum_keepdim(1)?.sqrt()?;
+        let scale = norms.broadcast_div(&(norms.mean_keepdim(2)? + Self::EPS)?)?.broadcast_mul(&weight)?;
+        let normed = flat.broadcast_mul(&(scale + 1.0)?)?.broadcast_add(&bias)?;
+        normed.reshape(x.dims())?.to_dtype(x.dtype())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use candle_core::Device;
@@ -321,6 +397,26 @@ mod tests {
             assert!(norm.forward(&Tensor::zeros(12, DType::F32, cpu)?).is_err());
         }
         assert!(GroupNorm::new(5, &weight, None, 1e-5).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn responses_both_ways() -> Result<()> {
+        let cpu = &Device::Cpu;
+        let (weight, bias) = (Tensor::randn(0f32, 1.0, 12, cpu)?, Tensor::randn(0f32, 0.1, 12, cpu)?);
+        let x = Tensor::randn(0f32, 1.0, (2, 5, 12, 7), cpu)?.transpose(2, 3)?;
+        let norm = ResponseNorm::new(&weight, &bias)?;
+        let (found, plain) = (norm.forward(&x)?, norm.forward(&x.to_dtype(DType::F64)?)?);
+        assert_eq!(found.dims(), plain.dims());
+        let difference = (found.to_dtype(DType::F64)? - plain)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f64>()?;
+        // a few roundings of values up to 10
+        assert!(difference < 4e-6, "{difference}");
+        assert_eq!(norm.forward(&x.to_dtype(DType::F16)?)?.dtype(), DType::F16);
+        assert_eq!(norm.forward(&x.narrow(1, 0, 0)?)?.elem_count(), 0);
+        let error = norm.forward(&x.narrow(3, 0, 11)?).unwrap_err().to_string();
+        assert!(error.contains("12") && error.contains("11"), "{error}");
+        assert!(norm.forward(&Tensor::zeros(12, DType::F32, cpu)?).is_err());
+        assert!(ResponseNorm::new(&weight, &bias.narrow(0, 0, 11)?).is_err());
         Ok(())
     }
 

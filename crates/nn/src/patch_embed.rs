@@ -64,6 +64,17 @@ impl PatchEmbed {
         self.projection.forward(&self.patches(pixels)?)
     }
 
+    /// The same plus `residual`, as of positions.
+    ///
+    /// # Shapes
+    /// pixels (batch, channels, height, width), residual (batch, patches, hidden) → (batch, patches, hidden).
+    ///
+    /// # Errors
+    /// As for [`forward`](Self::forward), and when the residual has not the result's shape.
+    pub fn forward_add(&self, pixels: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        self.projection.forward_add(&self.patches(pixels)?, residual)
+    }
+
     /// The pixels of each patch side by side: (batch, patches, channels · patch height · patch width).
     fn patches(&self, pixels: &Tensor) -> Result<Tensor> {
         let (batch, channels, height, width) = pixels.dims4()?;
@@ -230,6 +241,8 @@ mod tests {
         let pixels = Tensor::arange(0f32, 2. * 3. * 7. * 11., &Device::Cpu)?.reshape((2, 3, 7, 11))?;
         let plain = embed.patches(&pixels.to_dtype(DType::F64)?)?.to_dtype(DType::F32)?;
         assert_eq!(embed.patches(&pixels)?.to_vec3::<f32>()?, plain.to_vec3::<f32>()?);
+        let (once, twice) = (embed.forward(&pixels)?, embed.forward_add(&pixels, &embed.forward(&pixels)?)?);
+        assert_eq!(twice.to_vec3::<f32>()?, (once * 2.0)?.to_vec3::<f32>()?);
         let error = embed.forward(&pixels.narrow(1, 0, 2)?).err().map(|e| e.to_string()).unwrap_or_default();
         assert!(error.contains("[2, 2, 7, 11]") && error.contains("3 channels"), "{error}");
         Ok(())

@@ -3,6 +3,7 @@
 
 use candle_core::{D, Result, Tensor, bail};
 
+use crate::cost;
 use crate::kernels::isa::Isa;
 use crate::kernels::pooling::{Reduction, Windows, pool};
 use crate::op;
@@ -91,6 +92,7 @@ pub fn avg_pool_2d(x: &Tensor, config: Pool2dConfig, count_include_pad: bool) ->
 /// ```
 pub fn global_avg_pool_2d(x: &Tensor) -> Result<Tensor> {
     let (_, height, width, _) = x.dims4()?;
+    cost::elementwise(x.elem_count(), 1); // the sum
     if !op::is_cpu_f32(x) && height * width > 0 {
         return x.mean((1, 2));
     }

@@ -231,6 +231,16 @@ impl Alibi {
         Self { form: Form::Bf16 { factor }, ..Self::bloom(heads) }
     }
 
+    /// The same with every bias multiplied by `factor`.
+    #[must_use]
+    pub fn times(mut self, factor: f32) -> Self {
+        match &mut self.form {
+            Form::Bf16 { factor: own } => *own *= factor, // which rounds nothing more
+            Form::FromEnd | Form::FromStart => self.slopes.iter_mut().for_each(|slope| *slope *= factor),
+        }
+        self
+    }
+
     /// The slope of each head.
     pub fn slopes(&self) -> &[f32] {
         &self.slopes
@@ -387,6 +397,11 @@ mod tests {
         // bf16: 0.7071 is 0.70703125 there, and 3 times that 2.125
         let rounded = Alibi::falcon(12, 1).bias(4, &Device::Cpu)?.get(0)?.get(8)?.flatten_all()?.to_vec1::<f32>()?;
         assert_eq!(rounded, [0.0, 0.707_031_25, 1.414_062_5, 2.125]);
+        for alibi in [Alibi::mpt(6, 8.0), Alibi::bloom(6), Alibi::falcon(6, 4)] {
+            let bias = |alibi: &Alibi| alibi.bias(5, &Device::Cpu)?.flatten_all()?.to_vec1::<f32>();
+            let twice: Vec<f32> = bias(&alibi)?.into_iter().map(|x| 2.0 * x).collect();
+            assert_eq!(bias(&alibi.times(2.0))?, twice);
+        }
         assert_eq!(Alibi::mpt(6, 8.0).bias_masked(&mask)?.dims(), [1, 6, 1, 4]);
         Ok(())
     }

@@ -1,5 +1,5 @@
 //! Resizing of feature maps, as of learned positions to another grid. Mirrors `torch.nn.functional.interpolate` with a
-//! size (no antialiasing).
+//! size.
 
 use std::mem::MaybeUninit;
 
@@ -82,6 +82,152 @@ pub fn bicubic(x: &Tensor, size: (usize, usize), align_corners: bool) -> Result<
 /// ```
 pub fn bilinear(x: &Tensor, size: (usize, usize), align_corners: bool) -> Result<Tensor> {
     resize(x, size, |input, output| linear_taps(input, output, align_corners))
+}
+
+/// The position that nearest-neighbour interpolation from `input` to `output` positions takes for `i`.
+///
+/// ```
+/// use roofbench_nn::resize::nearest;
+///
+/// assert_eq!([0, 1, 2, 3, 4].map(|i| nearest(i, 3, 5)), [0, 0, 1, 1, 2]);
+/// ```
+pub fn nearest(i: usize, input: usize, output: usize) -> usize {
+    ((i as f32 * (input as f32 / output as f32)) as usize).min(input.saturating_sub(1))
+}
+
+/// `base` plus `x` stretched to its size by nearest-neighbour interpolation, channels last: a step of a feature pyramid
+/// (arXiv:1612.03144).
+///
+/// # Shapes
+/// x (batch, height, width, channels), base (batch, base height, base width, channels), as the result.
+///
+/// # Errors
+/// When the batches or channels differ, or `x` has no pixels.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use roofbench_nn::resize::nearest_add;
+///
+/// let x = Tensor::new(&[[[[1f32], [2.]]]], &Device::Cpu)?;
+/// let base = Tensor::new(&[[[[0f32], [0.], [0.], [10.]]]], &Device::Cpu)?;
+/// assert_eq!(nearest_add(&x, &base)?.flatten_all()?.to_vec1::<f32>()?, [1., 1., 2., 12.]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn nearest_add(x: &Tensor, base: &Tensor) -> Result<Tensor> {
+    let ((batch, from_height, from_width, channels), (_, height, width, _)) = (x.dims4()?, base.dims4()?);
+    if base.dims() != [batch, height, width, channels] || from_height * from_width == 0 {
+        bail!("nearest_add: {:?} can't be stretched to and added to {:?}", x.dims(), base.dims())
+    }
+    cost::elementwise(base.elem_count(), 1);
+    let rows: Vec<u32> = (0..height).map(|i| nearest(i, from_height, height) as u32).collect();
+    let columns: Vec<u32> = (0..width).map(|i| nearest(i, from_width, width) as u32).collect();
+    if !op::is_cpu_f32(x) || !op::is_cpu_f32(base) {
+        let picked = |indices: &[u32]| Tensor::from_slice(indices, indices.len(), x.device());
+        return x.index_select(&picked(&rows)?, 1)?.index_select(&picked(&columns)?, 2)? + base;
+    }
+    op::apply2("nearest-add", &x.contiguous()?, &base.contiguous()?, |[x, base]| {
+        let (x, base) = (op::elements::<f32>(x.0, x.1)?, op::elements::<f32>(base.0, base.1)?);
+        // a part is a line of pixels
+        let fill = |begin: usize, part: &mut [MaybeUninit<f32>]| {
+            let line = begin / (width * channels);
+            let source = (line / height * from_height + rows[line % height] as usize) * from_width;
+            let pixels = part.chunks_exact_mut(channels).zip(base[begin..].chunks_exact(channels));
+            for ((out, base), &column) in pixels.zip(&columns) {
+                let x = &x[(source + column as usize) * channels..][..channels];
+                for ((out, base), x) in out.iter_mut().zip(base).zip(x) {
+                    out.write(base + x);
+                }
+            }
+        };
+        #[expect(unsafe_code, reason = "the closure fills what is handed to it")]
+        // SAFETY: a part is whole pixels, one for each column, and each channel of each is written.
+        let y = unsafe { op::collect_chunks(base.len(), width * channels, fill) };
+        Ok((y, (batch, height, width, channels).into()))
+    })
+}
+
+/// Bicubic interpolation of a grid of vectors, such as learned positions. With `antialias` the filter (then a = -0.5)
+/// widens where the grid shrinks, and what lies beyond the edge does not count. Mirrors `interpolate` with
+/// `mode="bicubic"` and, or not, `antialias=True`.
+///
+/// # Shapes
+/// (rows, columns, width) → (size.0, size.1, width), f32.
+///
+/// # Errors
+/// When `x` has another number of dimensions, or a size is 0.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use roofbench_nn::resize::bicubic_grid;
+///
+/// let x = Tensor::new(&[[[0f32], [1.], [2.], [3.]]], &Device::Cpu)?;
+/// let halved = |antialias| bicubic_grid(&x, (1, 2), antialias)?.flatten_all()?.to_vec1::<f32>();
+/// assert_eq!(halved(false)?, [0.40625, 2.59375]);
+/// let smooth = halved(true)?;
+/// assert!((smooth[0] - 0.5868).abs() < 1e-4 && (smooth[1] - 2.4132).abs() < 1e-4);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn bicubic_grid(x: &Tensor, (rows, columns): (usize, usize), antialias: bool) -> Result<Tensor> {
+    let (from_rows, from_columns, width) = x.dims3()?;
+    if from_rows * from_columns * rows * columns == 0 {
+        bail!("resize: from {from_rows} x {from_columns} to {rows} x {columns}: a size of 0")
+    }
+    let (down, across) = (grid_taps(from_rows, rows, antialias), grid_taps(from_columns, columns, antialias));
+    // a multiply-add for each neighbour
+    cost::elementwise(bicubic_neighbours((from_rows, from_columns), (rows, columns), antialias) * width, 2);
+    let on_cpu = x.to_dtype(DType::F32)?.to_device(&candle_core::Device::Cpu)?.contiguous()?;
+    let y = op::apply1("resize-grid", &on_cpu, |storage, layout| {
+        let x = op::elements::<f32>(storage, layout)?;
+        // a line is made of lines, a vector of vectors
+        let weighted = |taps: &[(usize, f32)], x: &[f32], size: usize, out: &mut [f32]| {
+            out.fill(0.0);
+            for &(from, weight) in taps {
+                let from = &x[from * size..(from + 1) * size];
+                out.iter_mut().zip(from).for_each(|(out, x)| *out += weight * x);
+            }
+        };
+        let mut lines = vec![0.0; rows * from_columns * width];
+        for (taps, line) in down.iter().zip(lines.chunks_exact_mut(from_columns * width)) {
+            weighted(taps, x, from_columns * width, line);
+        }
+        let mut y = vec![0.0; rows * columns * width];
+        for (line, out) in lines.chunks_exact(from_columns * width).zip(y.chunks_exact_mut(columns * width)) {
+            for (taps, out) in across.iter().zip(out.chunks_exact_mut(width)) {
+                weighted(taps, line, width, out);
+            }
+        }
+        Ok((y, (rows, columns, width).into()))
+    })?;
+    y.to_device(x.device())
+}
+
+/// How many neighbours [`bicubic_grid`] weighs for all places of the result together.
+pub fn bicubic_neighbours(from: (usize, usize), to: (usize, usize), antialias: bool) -> usize {
+    let along = |from, to| grid_taps(from, to, antialias).iter().map(Vec::len).sum::<usize>();
+    along(from.0, to.0) * along(from.1, to.1)
+}
+
+fn grid_taps(input: usize, output: usize, antialias: bool) -> Vec<Vec<(usize, f32)>> {
+    if !antialias {
+        return cubic_taps(input, output, false).iter().map(|taps| taps.to_vec()).collect();
+    }
+    const A: f32 = -0.5;
+    let kernel = |x: f32| match x.abs() {
+        x if x < 1.0 => ((A + 2.0) * x - (A + 3.0)) * x * x + 1.0,
+        x if x < 2.0 => ((A * x - 5.0 * A) * x + 8.0 * A) * x - 4.0 * A,
+        _ => 0.0,
+    };
+    let scale = input as f32 / output as f32;
+    let stretch = scale.max(1.0);
+    let taps = |i: usize| {
+        let centre = scale * (i as f32 + 0.5);
+        let first = (centre - 2.0 * stretch + 0.5).max(0.0) as usize;
+        let end = ((centre + 2.0 * stretch + 0.5) as usize).min(input);
+        let weights = (first..end).map(|j| kernel((j as f32 - centre + 0.5) / stretch));
+        let sum: f32 = weights.clone().sum();
+        (first..end).zip(weights.map(|weight| weight / sum)).collect()
+    };
+    (0..output).map(taps).collect()
 }
 
 /// Each row along the width, then the height, from `taps(input, output)`. Other devices send it to the CPU and back: it
@@ -192,6 +338,52 @@ mod tests {
                 }
             }
         }
+        Ok(())
+    }
+
+    #[test]
+    fn nearest_both_ways() -> Result<()> {
+        for (from, to) in [((2, 3), (4, 6)), ((3, 2), (7, 5)), ((5, 4), (2, 3))] {
+            let x = Tensor::randn(0f32, 1., (2, from.0, from.1, 5), &Device::Cpu)?;
+            let base = Tensor::randn(0f32, 1., (2, to.0, to.1, 5), &Device::Cpu)?;
+            let plain = nearest_add(&x.to_dtype(DType::F64)?, &base.to_dtype(DType::F64)?)?.to_dtype(DType::F32)?;
+            let difference = (nearest_add(&x, &base)? - plain)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+            assert!(difference < 1e-6, "{difference}");
+        }
+        let x = Tensor::zeros((1, 1, 1, 3), DType::F32, &Device::Cpu)?;
+        assert!(nearest_add(&x, &x.narrow(3, 0, 2)?).unwrap_err().to_string().contains("[1, 1, 1, 2]"));
+        Ok(())
+    }
+
+    #[test]
+    fn a_grid_of_vectors_is_its_planes() -> Result<()> {
+        for (from, to) in [((5, 7), (9, 4)), ((4, 4), (4, 4)), ((1, 1), (3, 2)), ((14, 14), (1, 1))] {
+            let planes = Tensor::from_vec(values(3 * from.0 * from.1), (1, 3, from.0, from.1), &Device::Cpu)?;
+            let want = bicubic(&planes, to, false)?.squeeze(0)?;
+            let found = bicubic_grid(&planes.squeeze(0)?.permute((1, 2, 0))?, to, false)?.permute((2, 0, 1))?;
+            let difference = (found - want)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+            assert!(difference < 1e-6, "{from:?} -> {to:?}: {difference}");
+            assert_eq!(bicubic_neighbours(from, to, false), 16 * to.0 * to.1);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn antialiased_as_torch() -> Result<()> {
+        // torch 2.15: interpolate(x, size, mode="bicubic", antialias=True) of lines 0, 1, 4, 9, ...
+        let line = |from: usize, to: usize| {
+            let x = Tensor::from_iter((0..from).map(|i| (i * i) as f32), &Device::Cpu)?.reshape((from, 1, 1))?;
+            bicubic_grid(&x, (to, 1), true)?.flatten_all()?.to_vec1::<f32>()
+        };
+        for (found, want) in [
+            (line(7, 3)?, &[0.677_419_84, 9.363_858, 28.064_514][..]),
+            (line(4, 6)?, &[-0.065_789_32, 0.294_117_7, 1.361_110_8, 3.361_111_4, 6.823_53, 9.328_948][..]),
+            (line(5, 5)?, &[0.0, 1.0, 4.0, 9.0, 16.0][..]),
+        ] {
+            assert_eq!(found.len(), want.len());
+            assert!(found.iter().zip(want).all(|(a, b)| (a - b).abs() < 1e-5), "{found:?}, not {want:?}");
+        }
+        assert_eq!(bicubic_neighbours((8, 5), (2, 5), true), (8 + 8) * (3 + 4 + 4 + 3 + 2));
         Ok(())
     }
 

@@ -27,6 +27,31 @@ pub struct DecoderShape {
     pub max_positions: Option<usize>,
 }
 
+impl DecoderShape {
+    /// Room for `positions` positions of `batch` sequences.
+    ///
+    /// # Errors
+    /// When memory cannot be had.
+    pub fn decoding(&self, batch: usize, positions: usize, spec: &ModelSpec) -> Result<Decoding> {
+        let shape = kv_cache::Shape { batch, positions, width: self.kv_width };
+        let dtype = if spec.device.is_cpu() { DType::F32 } else { spec.dtype };
+        Decoding::cached(self.layers, shape, self.window, dtype, &spec.device)
+    }
+
+    /// Refuses sequences of more positions than there are embeddings of; `name` is the argument that asks for them.
+    ///
+    /// # Errors
+    /// Names the argument.
+    pub fn check_length(&self, name: &str, positions: usize) -> Result<(), SessionError> {
+        match self.max_positions {
+            Some(most) if positions > most => {
+                Err(SessionError::input(name, format!("comes to {positions} positions, the model has {most}")))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 /// One pass of a decoder, for its cost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pass {
@@ -119,19 +144,9 @@ impl<M: CausalLm> CausalSession<M> {
         Ok(Prompt { input_ids, attention_mask, position_ids })
     }
 
-    /// Refuses sequences of more positions than the model has embeddings of.
-    fn check_length(&self, name: &str, positions: usize) -> Result<(), SessionError> {
-        match self.model.shape().max_positions {
-            Some(most) if positions > most => {
-                Err(SessionError::input(name, format!("comes to {positions} positions, the model has {most}")))
-            }
-            _ => Ok(()),
-        }
-    }
-
     fn forward(&self, prompt: &Prompt) -> Result<Tensors, SessionError> {
         let (batch, seq) = prompt.input_ids.dims2()?;
-        self.check_length("input_ids", seq)?;
+        self.model.shape().check_length("input_ids", seq)?;
         let mut decoding = Decoding::once(batch, seq, prompt.attention_mask.as_ref(), &self.spec.device)?;
         if let Some(position_ids) = &prompt.position_ids {
             decoding = decoding.with_positions(position_ids)?;
@@ -144,7 +159,7 @@ impl<M: CausalLm> CausalSession<M> {
     fn generate(&self, call: &Call, prompt: Prompt, observer: &mut dyn Observer) -> Result<Tensors, SessionError> {
         let (batch, seq) = prompt.input_ids.dims2()?;
         let generation = Generation::read(&self.spec, call, seq, &[])?;
-        self.check_length("max_new_tokens", generation.positions(seq))?;
+        self.model.shape().check_length("max_new_tokens", generation.positions(seq))?;
         let ids = prompt.input_ids.to_vec2::<i64>()?;
         let (placed, mask) = at_the_end(&ids, prompt.attention_mask.as_ref())?;
         let device = &self.spec.device;
@@ -175,10 +190,7 @@ impl<M: CausalLm> CausalSession<M> {
 /// # Errors
 /// When memory cannot be had.
 pub fn decoding(model: &impl CausalLm, batch: usize, positions: usize, spec: &ModelSpec) -> Result<Decoding> {
-    let DecoderShape { layers, kv_width, window, .. } = model.shape();
-    let shape = kv_cache::Shape { batch, positions, width: kv_width };
-    let dtype = if spec.device.is_cpu() { DType::F32 } else { spec.dtype };
-    Decoding::cached(layers, shape, window, dtype, &spec.device)
+    model.shape().decoding(batch, positions, spec)
 }
 
 /// The logits of the token behind the rows `x` (batch, seq, hidden), which follow what `decoding` has: (batch, vocab).
@@ -237,10 +249,19 @@ impl<M: CausalLm> Session for CausalSession<M> {
 }
 
 /// Prefill of (batch, seq) rows and the decoding of `new_tokens` tokens, the first of which the prefill gives.
-pub fn generate_cost(model: &impl CausalLm, [batch, seq]: [u64; 2], new_tokens: u64) -> Vec<PhaseCost> {
-    let prefill = model.cost(Pass { batch, seq, cached: 0, logits: 1 });
-    let step = |made| model.cost(Pass { batch, seq: 1, cached: seq + made - 1, logits: 1 });
-    let decode = (1..new_tokens).map(step).sum();
+pub fn generate_cost(model: &impl CausalLm, shape: [u64; 2], new_tokens: u64) -> Vec<PhaseCost> {
+    generate_cost_by(|pass| model.cost(pass), shape, new_tokens)
+}
+
+/// The same of a decoder whose passes cost what `cost` says.
+pub(crate) fn generate_cost_by(cost: impl Fn(Pass) -> Cost, [batch, seq]: [u64; 2], new_tokens: u64) -> Vec<PhaseCost> {
+    let prefill = cost(Pass { batch, seq, cached: 0, logits: 1 });
+    let step = |made| cost(Pass { batch, seq: 1, cached: seq + made - 1, logits: 1 });
+    phases(prefill, (1..new_tokens).map(step).sum(), new_tokens)
+}
+
+/// A prefill that gives the first of `new_tokens` tokens and the decoding of the others, where there are any.
+pub(crate) fn phases(prefill: Cost, decode: Cost, new_tokens: u64) -> Vec<PhaseCost> {
     let phases = [(Phase::Prefill, 1, prefill), (Phase::Decode, new_tokens - 1, decode)];
     let there = phases.into_iter().filter(|(_, repeats, _)| *repeats > 0);
     there.map(|(phase, repeats, cost)| PhaseCost { phase, repeats, cost }).collect()

@@ -38,6 +38,7 @@
 
 pub mod causal;
 pub mod models;
+pub mod seq2seq;
 pub mod tasks;
 pub mod tokenize;
 
@@ -51,16 +52,22 @@ pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, Weight
 pub use serde_json;
 
 use causal::{CausalLm, CausalSession};
-use models::{bert, llama, upstream};
+use models::{bart, bert, falcon, gpt2, llama, mpt, t5, upstream};
+use seq2seq::{Seq2SeqLm, Seq2SeqSession};
 
 /// The families that run.
-pub const FAMILIES: &[&str] = &["bert", "llama"];
+pub const FAMILIES: &[&str] = &["bert", "gpt2", "t5", "bart", "llama", "falcon", "mpt"];
 
 /// The `transformers` classes of `family` that run; none for a family that is not one of [`FAMILIES`].
 pub fn classes(family: &str) -> &'static [&'static str] {
     match family {
+        "bart" => bart::CLASSES,
         "bert" => bert::CLASSES,
+        "gpt2" => gpt2::CLASSES,
         "llama" => llama::CLASSES,
+        "falcon" => falcon::CLASSES,
+        "mpt" => mpt::CLASSES,
+        "t5" => t5::CLASSES,
         _ => &[],
     }
 }
@@ -68,8 +75,13 @@ pub fn classes(family: &str) -> &'static [&'static str] {
 /// How published checkpoints of `spec` name the tensors that [`load`] asks for, for [`Weights::open`].
 pub fn aliases(spec: &ModelSpec) -> &'static [AliasRule] {
     match spec.family.as_str() {
+        "bart" => bart::aliases(spec),
         "bert" => bert::aliases(spec),
+        "gpt2" => gpt2::aliases(spec),
         "llama" => llama::ALIASES,
+        "falcon" => falcon::aliases(spec),
+        "mpt" => mpt::aliases(spec),
+        "t5" => t5::aliases(spec),
         _ => &[],
     }
 }
@@ -84,9 +96,24 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
         return Err(config::unsupported_class(spec, classes(&spec.family)));
     }
     match (spec.family.as_str(), spec.engine) {
+        ("bart", Engine::Roofbench) => seq2seq(bart::BartModel::load(spec, vb)?, spec),
         ("bert", Engine::Roofbench) => Ok(Box::new(bert::BertModel::load(spec, vb)?)),
         ("bert", Engine::CandleTransformers) => Ok(Box::new(upstream::Bert::load(spec, vb)?)),
+        ("gpt2", Engine::Roofbench) => causal(gpt2::load(spec, vb)?, spec),
         ("llama", Engine::Roofbench) => causal(llama::LlamaModel::load(spec, vb)?, spec),
+        ("falcon", Engine::Roofbench) => causal(falcon::load(spec, vb)?, spec),
+        ("falcon", Engine::CandleTransformers) => Ok(Box::new(upstream::Falcon::load(spec, vb)?)),
+        ("mpt", Engine::Roofbench) => causal(mpt::load(spec, vb)?, spec),
+        ("mpt", Engine::CandleTransformers) => Err(SessionError::UnsupportedEngine {
+            family: spec.family.clone(),
+            reason: "candle-transformers has it in the size of replit-code-v1_5-3b alone; use --engine roofbench"
+                .to_owned(),
+        }),
+        ("t5", Engine::Roofbench) if spec.class == "T5EncoderModel" => {
+            Ok(Box::new(t5::T5EncoderModel::load(spec, vb)?))
+        }
+        ("t5", Engine::Roofbench) => seq2seq(t5::T5Model::load(spec, vb)?, spec),
+        ("t5", Engine::CandleTransformers) => Ok(Box::new(upstream::T5::load(spec, vb)?)),
         (family, Engine::CandleTransformers) if FAMILIES.contains(&family) => Err(SessionError::UnsupportedEngine {
             family: family.to_string(),
             reason: "candle-transformers is not wrapped for it; use --engine roofbench".to_owned(),
@@ -101,4 +128,9 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
 /// A decoder-only model behind the calls of its class.
 fn causal<M: CausalLm + 'static>(model: M, spec: &ModelSpec) -> Result<Box<dyn Session>, SessionError> {
     Ok(Box::new(CausalSession::new(model, spec)))
+}
+
+/// An encoder-decoder model behind the calls of its class.
+fn seq2seq<M: Seq2SeqLm + 'static>(model: M, spec: &ModelSpec) -> Result<Box<dyn Session>, SessionError> {
+    Ok(Box::new(Seq2SeqSession::new(model, spec)))
 }

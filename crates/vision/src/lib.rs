@@ -1,4 +1,4 @@
-//! Vision model families of roofbench: pictures in, labels and features out.
+//! Vision model families of roofbench: pictures in, labels, boxes, masks and features out.
 //!
 //! This crate deliberately does not know how a measurement is made, where a report goes, or any text: it prepares
 //! pictures as a checkpoint's own config says ([`preprocess`]), builds the model that config.json describes and puts it
@@ -49,6 +49,7 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
+pub mod detection;
 pub mod image_io;
 pub mod models;
 pub mod preprocess;
@@ -64,15 +65,21 @@ pub use roofbench_core::session::{
 pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, WeightsError};
 pub use serde_json;
 
-use models::{upstream, vit};
+use models::{convnext, detr, dinov2, resnet, sam, swin, upstream, vit};
 
 /// The families of the catalog that this crate runs.
-pub const FAMILIES: &[&str] = &["vit"];
+pub const FAMILIES: &[&str] = &["vit", "convnext", "resnet", "detr", "sam", "dinov2", "swin"];
 
 /// The `transformers` classes of `family` that run; none for a family that is not one of [`FAMILIES`].
 pub fn classes(family: &str) -> &'static [&'static str] {
     match family {
         "vit" => vit::CLASSES,
+        "convnext" => convnext::CLASSES,
+        "swin" => swin::CLASSES,
+        "resnet" => resnet::CLASSES,
+        "detr" => detr::CLASSES,
+        "sam" => sam::CLASSES,
+        "dinov2" => dinov2::CLASSES,
         _ => &[],
     }
 }
@@ -81,6 +88,12 @@ pub fn classes(family: &str) -> &'static [&'static str] {
 pub fn aliases(family: &str) -> &'static [AliasRule] {
     match family {
         "vit" => vit::ALIASES,
+        "convnext" => convnext::ALIASES,
+        "swin" => swin::ALIASES,
+        "resnet" => resnet::ALIASES,
+        "detr" => detr::ALIASES,
+        "sam" => sam::ALIASES,
+        "dinov2" => dinov2::ALIASES,
         _ => &[],
     }
 }
@@ -94,12 +107,24 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
     match (spec.family.as_str(), spec.engine) {
         ("vit", Engine::Roofbench) => Ok(Box::new(vit::ViTModel::load(spec, vb)?)),
         ("vit", Engine::CandleTransformers) => Ok(Box::new(upstream::StockViT::load(spec, vb)?)),
+        ("convnext", Engine::Roofbench) => Ok(Box::new(convnext::ConvNextModel::load(spec, vb)?)),
+        ("convnext", Engine::CandleTransformers) => Ok(Box::new(upstream::convnext::StockConvNext::load(spec, vb)?)),
+        ("swin", Engine::Roofbench) => Ok(Box::new(swin::SwinModel::load(spec, vb)?)),
+        ("resnet", Engine::Roofbench) => Ok(Box::new(resnet::ResNetModel::load(spec, vb)?)),
+        ("resnet", Engine::CandleTransformers) => Ok(Box::new(upstream::StockResNet::load(spec, vb)?)),
+        ("detr", Engine::Roofbench) => Ok(Box::new(detr::DetrModel::load(spec, vb)?)),
+        (family @ ("swin" | "detr"), Engine::CandleTransformers) => {
+            Err(unsupported_engine(family, "candle-transformers has no such model; run it without --engine"))
+        }
+        ("sam", Engine::Roofbench) => Ok(Box::new(sam::SamModel::load(spec, vb)?)),
+        ("dinov2", Engine::Roofbench) => Ok(Box::new(dinov2::Dinov2Model::load(spec, vb)?)),
+        (family @ ("sam" | "dinov2"), Engine::CandleTransformers) => Err(upstream::other_names(family)),
         (family, _) => Err(unknown_family(family)),
     }
 }
 
 /// The picture processor of a family; `configs` are the `*config.json` files of its repository by name, of which
-/// `preprocessor_config.json` is read.
+/// `preprocessor_config.json` is read, or else `image_processor` of `processor_config.json`.
 ///
 /// # Errors
 /// Names the family, or the field of `preprocessor_config.json` at fault.
@@ -107,16 +132,24 @@ pub fn processor(family: &str, configs: &BTreeMap<String, Value>) -> Result<Box<
     if !FAMILIES.contains(&family) {
         return Err(unknown_family(family));
     }
-    let Some(config) = configs.get("preprocessor_config.json") else {
+    let nested = || configs.get("processor_config.json")?.get("image_processor");
+    let Some(config) = configs.get("preprocessor_config.json").or_else(nested) else {
         let reason = "the file is missing; the repository of a checkpoint has it beside config.json".to_owned();
         return Err(SessionError::Preprocessor { field: ".".to_owned(), reason });
     };
-    Ok(Box::new(preprocess::ImageProcessor::from_config(config, family)?))
+    Ok(match family {
+        "detr" => Box::new(detection::DetectionProcessor::from_config(config, family)?),
+        "sam" => Box::new(preprocess::sam::SamProcessor::from_config(config)?),
+        _ => Box::new(preprocess::ImageProcessor::from_config(config, family)?),
+    })
 }
 
 fn unknown_family(family: &str) -> SessionError {
-    let reason = format!("is no vision family here; supported: {}", FAMILIES.join(", "));
-    SessionError::UnsupportedEngine { family: family.to_owned(), reason }
+    unsupported_engine(family, &format!("is no vision family here; supported: {}", FAMILIES.join(", ")))
+}
+
+fn unsupported_engine(family: &str, reason: &str) -> SessionError {
+    SessionError::UnsupportedEngine { family: family.to_owned(), reason: reason.to_owned() }
 }
 
 #[cfg(test)]

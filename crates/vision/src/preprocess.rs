@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use image::RgbImage;
 use image::imageops::replace;
 use roofbench_core::session::{Arguments, Processor, SessionError, Tensors};
@@ -17,6 +17,8 @@ use serde_json::Value;
 
 use crate::image_io::{MAX_PIXELS, Transparency, load_rgb};
 use crate::resize::{Filter, resize};
+
+pub mod sam;
 
 /// Defaults of a processor class.
 struct Kind {
@@ -36,9 +38,15 @@ struct Kind {
     convert_rgb: bool,
     /// Part of the resized picture that is kept below 384 pixels, for processors that have `crop_pct`.
     crop_pct: Option<f64>,
+    /// Pictures of a batch are padded to one size, and a mask says where there is a picture.
+    pad: bool,
+    /// The size names the longer side, and a class of its own fills pictures up.
+    longest_edge: bool,
 }
 
 const HALF: [f64; 3] = [0.5; 3];
+const IMAGENET_MEAN: [f64; 3] = [0.485, 0.456, 0.406];
+const IMAGENET_STD: [f64; 3] = [0.229, 0.224, 0.225];
 const CLIP_MEAN: [f64; 3] = [0.48145466, 0.4578275, 0.40821073];
 const CLIP_STD: [f64; 3] = [0.26862954, 0.26130258, 0.27577711];
 
@@ -53,6 +61,8 @@ const VIT: Kind = Kind {
     std: HALF,
     convert_rgb: false,
     crop_pct: None,
+    pad: false,
+    longest_edge: false,
 };
 const CLIP: Kind = Kind {
     name: "CLIP",
@@ -65,6 +75,8 @@ const CLIP: Kind = Kind {
     std: CLIP_STD,
     convert_rgb: true,
     crop_pct: None,
+    pad: false,
+    longest_edge: false,
 };
 
 /// Every processor that is known. A new one is its difference from one of these.
@@ -81,6 +93,27 @@ const KINDS: &[Kind] = &[
         crop_pct: Some(224.0 / 256.0),
         ..VIT
     },
+    Kind {
+        name: "Detr",
+        models: &["detr"],
+        size: Size::Within { shortest: 800, longest: 1333 },
+        number_is_square: false,
+        mean: IMAGENET_MEAN,
+        std: IMAGENET_STD,
+        pad: true,
+        ..VIT
+    },
+    Kind {
+        name: "Sam",
+        models: &["sam"],
+        size: Size::LongestEdge(1024),
+        number_is_square: true,
+        mean: IMAGENET_MEAN,
+        std: IMAGENET_STD,
+        convert_rgb: true,
+        longest_edge: true,
+        ..VIT
+    },
     Kind { name: "Blip", models: &["blip"], size: Size::Exact([384, 384]), number_is_square: true, crop: None, ..CLIP },
 ];
 
@@ -93,6 +126,8 @@ enum Size {
     ShortestEdge(u32),
     /// The shorter side, unless the longer one would exceed `longest`.
     Within { shortest: u32, longest: u32 },
+    /// The longer side; the other follows.
+    LongestEdge(u32),
 }
 
 impl Size {
@@ -104,6 +139,10 @@ impl Size {
             if width <= height { [scaled(edge, height, width), short] } else { [short, scaled(edge, width, height)] }
         };
         match self {
+            Self::LongestEdge(edge) => {
+                let scale = f64::from(edge) / f64::from(height.max(width));
+                [height, width].map(|side| (f64::from(side) * scale + 0.5) as u64)
+            }
             Self::Exact([height, width]) => [height.into(), width.into()],
             Self::ShortestEdge(edge) => by_short(edge.into(), edge.into()),
             Self::Within { shortest, longest } => {
@@ -141,6 +180,9 @@ struct Config {
     image_mean: Option<PerChannel>,
     image_std: Option<PerChannel>,
     do_pad: Option<bool>,
+    /// `do_pad` in older files.
+    pad_and_return_pixel_mask: Option<bool>,
+    pad_size: Option<SizeField>,
     data_format: Option<String>,
 }
 
@@ -187,11 +229,12 @@ impl SizeField {
                 match named[..] {
                     [("height", height), ("width", width)] => Size::Exact([height, width]),
                     [("shortest_edge", edge)] => Size::ShortestEdge(edge),
+                    [("longest_edge", edge)] => Size::LongestEdge(edge),
                     [("longest_edge", longest), ("shortest_edge", shortest)] => Size::Within { shortest, longest },
                     _ => {
                         let keys: Vec<&str> = named.iter().map(|(key, _)| *key).collect();
                         let reason = format!(
-                            "has the keys {keys:?}; supported: height and width, shortest_edge, \
+                            "has the keys {keys:?}; supported: height and width, shortest_edge, longest_edge, \
                              shortest_edge and longest_edge"
                         );
                         return refuse(field, reason);
@@ -201,7 +244,7 @@ impl SizeField {
         };
         let sides = match size {
             Size::Exact(sides) => sides,
-            Size::ShortestEdge(edge) => [edge, edge],
+            Size::ShortestEdge(edge) | Size::LongestEdge(edge) => [edge, edge],
             Size::Within { shortest, longest } => [shortest, longest],
         };
         if sides.contains(&0) || sides.iter().map(|side| u64::from(*side)).product::<u64>() > MAX_PIXELS {
@@ -230,6 +273,16 @@ pub struct ImageProcessor {
     crops: Vec<[u32; 2]>,
     /// The value of every channel's levels 0 to 255.
     values: [Vec<f32>; 3],
+    pad: Option<Pad>,
+}
+
+/// To what the pictures of a batch are padded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Pad {
+    /// The largest height and the largest width among them.
+    Largest,
+    /// Height and width.
+    To([u32; 2]),
 }
 
 impl ImageProcessor {
@@ -244,9 +297,16 @@ impl ImageProcessor {
             reason: error.into_inner().to_string(),
         })?;
         let kind = kind(&config, model)?;
-        if config.do_pad == Some(true) {
-            return refuse("do_pad", format!("true is not supported for {}", kind.name));
-        }
+        let pad = match (config.do_pad.or(config.pad_and_return_pixel_mask).unwrap_or(kind.pad), &config.pad_size) {
+            (false, _) => None,
+            (true, _) if kind.longest_edge => None,
+            (true, _) if !kind.pad => return refuse("do_pad", format!("true is not supported for {}", kind.name)),
+            (true, None) => Some(Pad::Largest),
+            (true, Some(size)) => match size.read("pad_size", |side| Size::Exact([side, side]))? {
+                Size::Exact(size) => Some(Pad::To(size)),
+                _ => return refuse("pad_size", "needs height and width"),
+            },
+        };
         if let Some(format) = config.data_format.as_deref().filter(|format| *format != "channels_first") {
             return refuse("data_format", format!("`{format}` is not supported; supported: channels_first"));
         }
@@ -271,6 +331,7 @@ impl ImageProcessor {
             resize,
             crops,
             values: values(&config, kind)?,
+            pad,
         })
     }
 
@@ -322,30 +383,71 @@ impl ImageProcessor {
     /// # Errors
     /// Names the file that can't be read, or whose prepared size differs from the first one's.
     pub fn prepare_files(&self, files: &[PathBuf]) -> Result<Tensor, SessionError> {
-        let mut batch: Vec<Tensor> = Vec::with_capacity(files.len());
-        for path in files {
-            let file_error = |reason| SessionError::File { path: path.clone(), reason };
-            let pixels = self.prepare(&load_rgb(path, self.transparency)?).map_err(|error| match error {
-                SessionError::Input { reason, .. } => file_error(reason),
-                other => other,
-            })?;
-            if let Some(first) = batch.first().filter(|first| first.dims() != pixels.dims()) {
+        let batch = self.prepare_each(files)?;
+        for (path, pixels) in files.iter().zip(&batch) {
+            if pixels.dims() != batch[0].dims() {
                 let reason = format!(
                     "is {:?} when prepared, the first picture {:?}; pictures of a batch must have one size",
                     pixels.dims(),
-                    first.dims()
+                    batch[0].dims()
                 );
-                return Err(file_error(reason));
+                return Err(SessionError::File { path: path.clone(), reason });
             }
-            batch.push(pixels);
-        }
-        if batch.is_empty() {
-            return Err(SessionError::Input {
-                name: "images".into(),
-                reason: "is empty; give at least one file".into(),
-            });
         }
         Ok(Tensor::stack(&batch, 0)?)
+    }
+
+    /// Reads and prepares picture files, and pads them where the config says so: `pixel_values` and, where it does,
+    /// `pixel_mask`, which is 0 in the padding.
+    ///
+    /// # Shapes
+    /// (batch, 3, height, width) f32 and (batch, height, width) i64 on the CPU.
+    ///
+    /// # Errors
+    /// As for [`prepare_files`](Self::prepare_files), and when a picture is larger than `pad_size`.
+    pub fn prepare_batch(&self, files: &[PathBuf]) -> Result<Tensors, SessionError> {
+        let Some(pad) = self.pad else {
+            return Ok([("pixel_values".to_owned(), self.prepare_files(files)?)].into());
+        };
+        let batch = self.prepare_each(files)?;
+        let size = |pixels: &Tensor| [pixels.dims()[1], pixels.dims()[2]];
+        let largest = |axis: usize| batch.iter().map(|pixels| size(pixels)[axis]).max().unwrap_or_default();
+        let [height, width] = match pad {
+            Pad::Largest => [largest(0), largest(1)],
+            Pad::To(size) => size.map(|side| side as usize),
+        };
+        let (mut values, mut masks) = (Vec::with_capacity(batch.len()), Vec::with_capacity(batch.len()));
+        for (path, pixels) in files.iter().zip(&batch) {
+            let [rows, columns] = size(pixels);
+            let (Some(below), Some(right)) = (height.checked_sub(rows), width.checked_sub(columns)) else {
+                let reason = format!("is {rows} x {columns} when prepared, pad_size is {height} x {width}");
+                return Err(SessionError::File { path: path.clone(), reason });
+            };
+            let mask = Tensor::ones((rows, columns), DType::I64, &Device::Cpu)?;
+            let padded = |x: &Tensor| {
+                let axis = x.rank() - 2;
+                x.pad_with_zeros(axis, 0, below)?.pad_with_zeros(axis + 1, 0, right)
+            };
+            values.push(padded(pixels)?);
+            masks.push(padded(&mask)?);
+        }
+        let (values, masks) = (Tensor::stack(&values, 0)?, Tensor::stack(&masks, 0)?);
+        Ok([("pixel_values".to_owned(), values), ("pixel_mask".to_owned(), masks)].into())
+    }
+
+    /// Each picture by itself, at least one.
+    fn prepare_each(&self, files: &[PathBuf]) -> Result<Vec<Tensor>, SessionError> {
+        if files.is_empty() {
+            let reason = "is empty; give at least one file".into();
+            return Err(SessionError::Input { name: "images".into(), reason });
+        }
+        let prepared = |path: &PathBuf| {
+            self.prepare(&load_rgb(path, self.transparency)?).map_err(|error| match error {
+                SessionError::Input { reason, .. } => SessionError::File { path: path.clone(), reason },
+                other => other,
+            })
+        };
+        files.iter().map(prepared).collect()
     }
 }
 
@@ -365,7 +467,7 @@ impl Processor for ImageProcessor {
             return refuse(name, "is not supported; supported: images, as files");
         }
         let Some(images) = files.get("images") else { return refuse("images", "is missing; give at least one file") };
-        Ok([("pixel_values".to_owned(), self.prepare_files(images)?)].into())
+        self.prepare_batch(images)
     }
 }
 
@@ -403,12 +505,19 @@ fn resize_target(config: &Config, kind: &Kind, crops: &mut Vec<[u32; 2]>) -> Res
     let number = |side| match config.max_size {
         _ if kind.number_is_square => Size::Exact([side, side]),
         Some(longest) => Size::Within { shortest: side, longest },
-        None => Size::ShortestEdge(side),
+        None => match kind.size {
+            Size::Within { longest, .. } => Size::Within { shortest: side, longest },
+            _ => Size::ShortestEdge(side),
+        },
     };
     let size = match &config.size {
         Some(size) => size.read("size", number)?,
         None => kind.size,
     };
+    if matches!(size, Size::LongestEdge(_)) != kind.longest_edge {
+        let (name, not) = (kind.name, if kind.longest_edge { "needs" } else { "is not supported with" });
+        return refuse("size", format!("{not} longest_edge alone for {name}"));
+    }
     let Some(default_pct) = kind.crop_pct else { return Ok(size) };
     let Size::ShortestEdge(edge) = size else {
         return refuse("size", format!("needs shortest_edge alone for {}", kind.name));
@@ -509,6 +618,8 @@ mod tests {
     fn sizes_are_rounded_as_python_rounds_them() {
         assert_eq!(Size::ShortestEdge(32).for_picture(43, 57), [32, 42]); // 42.4
         assert_eq!(Size::ShortestEdge(32).for_picture(57, 43), [42, 32]);
+        assert_eq!(Size::LongestEdge(48).for_picture(43, 57), [36, 48]); // 36.2
+        assert_eq!(Size::LongestEdge(48).for_picture(31, 20), [48, 31]); // 30.97
         let within = Size::Within { shortest: 24, longest: 40 };
         assert_eq!(within.for_picture(43, 57), [24, 31]); // 31.8
         assert_eq!(within.for_picture(70, 31), [40, 18]); // 17.7 to the nearest, the long side from the exact quotient
@@ -548,6 +659,8 @@ mod tests {
             (json!({"size": {"height": 24}}), "vit", "size"),
             (json!({"size": {"height": 24, "width": 24, "shortest_edge": 24}}), "vit", "size"),
             (json!({"size": {"height": 24, "width": 24}}), "convnext", "size"),
+            (json!({"size": {"longest_edge": 24}}), "vit", "size"),
+            (json!({"size": 24}), "sam", "size"),
             (json!({"resample": 9}), "vit", "resample"),
             (json!({"do_center_crop": true}), "vit", "crop_size"),
             (json!({"do_center_crop": true, "crop_size": {"shortest_edge": 9}}), "vit", "crop_size"),

@@ -45,7 +45,7 @@ impl<'a> Strided<'a> {
         &self.data[item * self.batch + row * self.row + head * head_dim..][..head_dim]
     }
 
-    fn check(&self, what: &'static str, batch: usize, rows: usize, width: usize) -> Result<(), KernelError> {
+    pub(super) fn check(&self, what: &'static str, batch: usize, rows: usize, width: usize) -> Result<(), KernelError> {
         if batch * rows * width == 0 {
             return Ok(());
         }
@@ -56,11 +56,22 @@ impl<'a> Strided<'a> {
     }
 }
 
-/// What is added to the scaled scores; the keys contiguous, the other strides (batch, head, query) in elements.
+/// What is added to the scaled scores; strides (batch, head, query, key) in elements. It is read in vectors where the
+/// stride of the queries is 1, and turned on the way where that of the keys is.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Bias<'a> {
     pub(crate) data: &'a [f32],
-    pub(crate) strides: [usize; 3],
+    pub(crate) strides: [usize; 4],
+    /// Which of the biases each item of the batch takes; its own where absent.
+    pub(crate) which: Option<&'a [u32]>,
+}
+
+impl Bias<'_> {
+    /// Where that of the first key lies.
+    fn start(&self, item: usize, head: usize, query: usize) -> usize {
+        let item = self.which.map_or(item, |which| which[item] as usize);
+        item * self.strides[0] + head * self.strides[1] + query * self.strides[2]
+    }
 }
 
 /// One call. `queries` are the last of `keys` positions.
@@ -96,9 +107,11 @@ impl Attention<'_> {
             );
         }
         if let Some(bias) = self.bias.filter(|_| batch * queries * keys > 0) {
-            let [b, h, q] = bias.strides;
-            let least = (batch - 1) * b + (heads - 1) * h + (queries - 1) * q + keys;
-            KernelError::check_least("bias", Some(least), bias.data.len())?;
+            if let Some(which) = bias.which {
+                KernelError::check("list of biases", Some(batch), which.len())?;
+            }
+            let last = (0..batch).map(|item| bias.start(item, heads - 1, queries - 1)).max().unwrap_or(0);
+            KernelError::check_least("bias", Some(last + (keys - 1) * bias.strides[3] + 1), bias.data.len())?;
         }
         Ok(())
     }
@@ -112,35 +125,119 @@ impl Attention<'_> {
 /// Rows that share a head of keys and values and are worked on together: neighbouring queries of a head, or, when there
 /// is one query, the heads of a group. The `_stride`s are from row to row, in elements.
 #[derive(Clone, Copy)]
-struct Block {
-    rows: usize,
-    head_dim: usize,
-    scale: f32,
-    q: *const f32,
-    q_stride: usize,
+pub(super) struct Block {
+    pub(super) rows: usize,
+    pub(super) head_dim: usize,
+    pub(super) scale: f32,
+    pub(super) q: *const f32,
+    pub(super) q_stride: usize,
     /// Of key 0.
-    k: *const f32,
-    k_stride: usize,
-    v: *const f32,
-    v_stride: usize,
-    /// Of key 0.
-    bias: Option<*const f32>,
-    bias_stride: usize,
-    out: *mut f32,
-    out_stride: usize,
+    pub(super) k: *const f32,
+    pub(super) k_stride: usize,
+    pub(super) v: *const f32,
+    pub(super) v_stride: usize,
+    /// Of key 0, and the distance from key to key.
+    pub(super) bias: Option<(*const f32, usize)>,
+    pub(super) bias_stride: usize,
+    pub(super) out: *mut f32,
+    pub(super) out_stride: usize,
+    /// Where rows and keys are positions of a window; all blocks that are run together have the same.
+    pub(super) window: Option<Window>,
     /// Where the highest score and the total of the weights of each row go, if the result is to be joined with those
     /// over other keys: it is then left undivided.
-    parts: Option<*mut f32>,
-    pattern: Pattern,
+    pub(super) parts: Option<*mut f32>,
+    pub(super) pattern: Pattern,
     /// Of the first row among the keys.
-    position: i64,
+    pub(super) position: i64,
     /// From row to row: 1 or 0.
-    step: i64,
+    pub(super) step: i64,
+}
+
+/// Positions of a window, line by line, which may lie anywhere in an array of rows or outside of it.
+#[derive(Clone, Copy)]
+pub(super) struct Window {
+    /// Of each position the row of queries, keys, values and results, or [`OUTSIDE`].
+    pub(super) rows: *const u32,
+    /// The positions of the block's rows, none of them outside.
+    pub(super) queries: *const u32,
+    /// The key and the value of every position outside.
+    pub(super) outside: [*const f32; 2],
+    /// Lines and columns.
+    pub(super) size: [usize; 2],
+    /// A vector for each distance in lines and in columns, whose product with the unscaled query is added to the score:
+    /// (2 · size - 1, head_dim), the largest negative distance first, and room for [`TABLE_ROOM`] rows more.
+    pub(super) tables: Option<[*const f32; 2]>,
+}
+
+/// No row.
+pub(super) const OUTSIDE: u32 = u32::MAX;
+/// Rows that are read, but not used, behind a table.
+pub(super) const TABLE_ROOM: usize = TILE - 1;
+
+impl Window {
+    /// Lines and columns that have a product with each query.
+    fn places(&self) -> usize {
+        if self.tables.is_some() { self.size[0] + self.size[1] } else { 0 }
+    }
+}
+
+/// Rows of keys or of values.
+#[derive(Clone, Copy)]
+struct Source {
+    first: *const f32,
+    stride: usize,
+    /// The rows of positions, and what those outside have.
+    window: Option<(*const u32, *const f32)>,
+}
+
+impl Source {
+    /// # Safety
+    /// `key` is a position of the window, if there is one.
+    #[inline(always)]
+    unsafe fn row(&self, key: u32) -> *const f32 {
+        let row = match self.window {
+            None => key,
+            // SAFETY: as for this function.
+            Some((rows, outside)) => match unsafe { *rows.add(key as usize) } {
+                OUTSIDE => return outside,
+                row => row,
+            },
+        };
+        self.first.wrapping_add(row as usize * self.stride)
+    }
 }
 
 impl Block {
     fn row_range(&self, row: usize) -> (i64, i64) {
         self.pattern.range(self.position + row as i64 * self.step)
+    }
+
+    fn keys(&self) -> Source {
+        let window = self.window.map(|window| (window.rows, window.outside[0]));
+        Source { first: self.k, stride: self.k_stride, window }
+    }
+
+    fn values(&self) -> Source {
+        let window = self.window.map(|window| (window.rows, window.outside[1]));
+        Source { first: self.v, stride: self.v_stride, window }
+    }
+
+    /// Whether lanes lie along the head.
+    fn is_few(&self) -> bool {
+        self.rows <= FEW && self.window.is_none()
+    }
+
+    /// Which row of the queries and of the results `row` is.
+    ///
+    /// # Safety
+    /// It is one of the block's.
+    #[inline(always)]
+    unsafe fn place(&self, row: usize) -> usize {
+        match self.window {
+            None => row,
+            // SAFETY: as for this function.
+            Some(window) => unsafe { *window.rows.add(*window.queries.add(row) as usize) as usize },
+        }
     }
 
     /// The part of `index` that at least one row sees.
@@ -160,7 +257,7 @@ const FEW_STEP: usize = 8;
 /// Up to so many rows lanes lie along the head.
 const FEW: usize = 8;
 /// Blocks of a task share one copy of their keys and values; more of them would not fit a cache.
-const MOST_BLOCKS: usize = 16;
+pub(super) const MOST_BLOCKS: usize = 16;
 
 thread_local! {
     static SCRATCH: RefCell<Buffer<f32>> = RefCell::new(Buffer::zeroed(0));
@@ -173,10 +270,10 @@ fn carve(rest: &mut *mut f32, len: usize) -> *mut f32 {
     part
 }
 
-/// Elements of scratch for `blocks` blocks of `rows` rows, whichever kernel takes them.
-fn scratch_len(blocks: usize, rows: usize, head_dim: usize) -> usize {
+/// Elements of scratch for `blocks` blocks of `rows` rows with products for `places`, whichever kernel takes them.
+fn scratch_len(blocks: usize, rows: usize, head_dim: usize, places: usize) -> usize {
     let d = head_dim.next_multiple_of(MAX_LANES);
-    let by_rows = blocks * rows.next_multiple_of(MAX_LANES) * (2 * d + 2)
+    let by_rows = blocks * rows.next_multiple_of(MAX_LANES) * (2 * d + 2 + places)
         + (rows + 2 * d) * (KEYS + 8)
         + 3 * rows.next_multiple_of(MAX_LANES);
     let by_head = blocks * FEW * (2 * d + FEW_KEYS);
@@ -194,14 +291,15 @@ unsafe fn blocks_kernel<S: Simd>(blocks: &[Block], index: &[u32], scratch: *mut 
     let mut rest = blocks;
     while let Some(first) = rest.first() {
         // neighbours that can go together
-        let is_few = first.rows <= FEW;
-        let alike =
-            |block: &&Block| if is_few { block.rows == first.rows } else { block.rows > FEW && block.k == first.k };
+        let is_few = first.is_few();
+        let alike = |block: &&Block| {
+            if is_few { block.is_few() && block.rows == first.rows } else { !block.is_few() && block.k == first.k }
+        };
         let (now, later) = rest.split_at(rest.iter().take_while(alike).count());
         rest = later;
         // SAFETY: as for this function.
         unsafe {
-            match first.rows {
+            match if is_few { first.rows } else { 0 } {
                 1 => by_head::<S, 1>(now, index, scratch),
                 2 => by_head::<S, 2>(now, index, scratch),
                 3 => by_head::<S, 3>(now, index, scratch),
@@ -227,6 +325,8 @@ struct State {
     result: *mut f32,
     highest: *mut f32,
     total: *mut f32,
+    /// (lines + columns, width), of a window with tables.
+    places: *mut f32,
 }
 
 /// Room that all blocks use in turn.
@@ -263,8 +363,11 @@ unsafe fn by_rows<S: Simd>(blocks: &[Block], index: &[u32], mut scratch: *mut f3
     };
     let states = scratch;
     let padded_width = width.next_multiple_of(MAX_LANES);
-    let state_len =
-        (width * d).next_multiple_of(MAX_LANES) + (width * padded).next_multiple_of(MAX_LANES) + 2 * padded_width;
+    let places = blocks[0].window.map_or(0, |window| window.places());
+    let state_len = (width * d).next_multiple_of(MAX_LANES)
+        + (width * padded).next_multiple_of(MAX_LANES)
+        + 2 * padded_width
+        + (width * places).next_multiple_of(MAX_LANES);
     let state = |i: usize| {
         let mut scratch = states.wrapping_add(i * state_len);
         State {
@@ -272,6 +375,7 @@ unsafe fn by_rows<S: Simd>(blocks: &[Block], index: &[u32], mut scratch: *mut f3
             result: carve(&mut scratch, width * padded),
             highest: carve(&mut scratch, width),
             total: carve(&mut scratch, width),
+            places: carve(&mut scratch, width * places),
         }
     };
     let start = blocks.iter().map(|block| block.visible(index).start).min().unwrap_or(0);
@@ -282,26 +386,26 @@ unsafe fn by_rows<S: Simd>(blocks: &[Block], index: &[u32], mut scratch: *mut f3
     // SAFETY: as for this function; each part of the scratch has the length just carved.
     unsafe {
         let mut rest = visible;
-        let (k, v, k_stride, v_stride) = (blocks[0].k, blocks[0].v, blocks[0].k_stride, blocks[0].v_stride);
-        prefetch_rows::<S>(k, k_stride, &rest[..size.min(rest.len())], d);
-        prefetch_rows::<S>(v, v_stride, &rest[..size.min(rest.len())], d);
+        let (k, v) = (blocks[0].keys(), blocks[0].values());
+        prefetch_rows::<S>(k, &rest[..size.min(rest.len())], d);
+        prefetch_rows::<S>(v, &rest[..size.min(rest.len())], d);
         for (i, block) in blocks.iter().enumerate() {
             if block.rows <= S::LANES {
-                begin::<S, 1>(block, state(i));
+                begin::<S, 1>(block, chunk, state(i));
             } else {
-                begin::<S, 2>(block, state(i));
+                begin::<S, 2>(block, chunk, state(i));
             }
         }
         while !rest.is_empty() {
             let keys;
             (keys, rest) = rest.split_at(size.min(rest.len()));
             let next = &rest[..size.min(rest.len())];
-            copy_rows::<S>(k, k_stride, keys, d, d, chunk.keys);
-            copy_rows::<S>(v, v_stride, keys, d, padded, chunk.values);
+            copy_rows::<S>(k, keys, d, d, chunk.keys);
+            copy_rows::<S>(v, keys, d, padded, chunk.values);
             for (i, block) in blocks.iter().enumerate() {
                 let share = next.len() * i / blocks.len()..next.len() * (i + 1) / blocks.len();
-                prefetch_rows::<S>(k, k_stride, &next[share.clone()], d);
-                prefetch_rows::<S>(v, v_stride, &next[share], d);
+                prefetch_rows::<S>(k, &next[share.clone()], d);
+                prefetch_rows::<S>(v, &next[share], d);
                 let seen = block.visible(keys);
                 if seen.is_empty() {
                     continue;
@@ -331,12 +435,13 @@ unsafe fn by_rows<S: Simd>(blocks: &[Block], index: &[u32], mut scratch: *mut f3
 /// Has rows come into the cache while something else is computed.
 ///
 /// # Safety
-/// The CPU has `S`.
+/// The CPU has `S`; the rows exist.
 #[inline(always)]
-unsafe fn prefetch_rows<S: Simd>(rows: *const f32, stride: usize, keys: &[u32], d: usize) {
+unsafe fn prefetch_rows<S: Simd>(rows: Source, keys: &[u32], d: usize) {
     const LINE: usize = 16;
     for key in keys {
-        let row = rows.wrapping_add(*key as usize * stride);
+        // SAFETY: as for this function.
+        let row = unsafe { rows.row(*key) };
         for i in (0..d).step_by(LINE) {
             // SAFETY: a hint, whatever the address.
             unsafe { S::prefetch(row.wrapping_add(i)) };
@@ -350,11 +455,11 @@ unsafe fn prefetch_rows<S: Simd>(rows: *const f32, stride: usize, keys: &[u32], 
 /// The CPU has `S`; the rows exist, and `to` has room for them and, where `padded` is not a multiple of `LANES`, for a
 /// vector more.
 #[inline(always)]
-unsafe fn copy_rows<S: Simd>(from: *const f32, stride: usize, keys: &[u32], d: usize, padded: usize, to: *mut f32) {
+unsafe fn copy_rows<S: Simd>(rows: Source, keys: &[u32], d: usize, padded: usize, to: *mut f32) {
     // SAFETY: as for this function.
     unsafe {
         for (j, key) in keys.iter().enumerate() {
-            let (from, to) = (from.add(*key as usize * stride), to.add(j * padded));
+            let (from, to) = (rows.row(*key), to.add(j * padded));
             let mut i = 0;
             while i + S::LANES <= d {
                 S::store(to.add(i), S::load(from.add(i)));
@@ -371,10 +476,19 @@ unsafe fn copy_rows<S: Simd>(from: *const f32, stride: usize, keys: &[u32], d: u
 /// # Safety
 /// As for [`by_rows`]; `block` has at most `NV` vectors of rows, here and below.
 #[inline(always)]
-unsafe fn begin<S: Simd, const NV: usize>(block: &Block, state: State) {
+unsafe fn begin<S: Simd, const NV: usize>(block: &Block, chunk: Chunk, state: State) {
     let (d, width) = (block.head_dim, NV * S::LANES);
-    // SAFETY: rows below `rows`, columns below `d`.
+    // SAFETY: rows below `rows`, columns below `d`; the room for keys, not in use yet, holds more rows than a block has.
     unsafe {
+        let (q, q_stride) = if block.window.is_some() {
+            for row in 0..block.rows {
+                let from = block.q.add(block.place(row) * block.q_stride);
+                std::ptr::copy_nonoverlapping(from, chunk.keys.add(row * d), d);
+            }
+            (chunk.keys.cast_const(), d)
+        } else {
+            (block.q, block.q_stride)
+        };
         std::slice::from_raw_parts_mut(state.result, width * d.next_multiple_of(S::LANES)).fill(0.0);
         std::slice::from_raw_parts_mut(state.total, width).fill(0.0);
         // -∞ would make exp(-∞ - -∞) of a chunk that a row does not see
@@ -385,7 +499,7 @@ unsafe fn begin<S: Simd, const NV: usize>(block: &Block, state: State) {
             let mut i = 0;
             if end == first + S::LANES {
                 while i + 4 <= d {
-                    let columns = S::load_columns(block.q.add(first * block.q_stride + i), block.q_stride);
+                    let columns = S::load_columns(q.add(first * q_stride + i), q_stride);
                     for (j, column) in columns.into_iter().enumerate() {
                         S::store(state.queries.add((i + j) * width + first), S::mul(column, scale));
                     }
@@ -394,14 +508,94 @@ unsafe fn begin<S: Simd, const NV: usize>(block: &Block, state: State) {
             }
             while i < d {
                 for row in first..first + S::LANES {
-                    let q = if row < end { *block.q.add(row * block.q_stride + i) * block.scale } else { 0.0 };
+                    let q = if row < end { *q.add(row * q_stride + i) * block.scale } else { 0.0 };
                     *state.queries.add(i * width + row) = q;
                 }
                 i += 1;
             }
         }
+        if let Some(window) = &block.window
+            && let Some(tables) = window.tables
+        {
+            begin_places::<S, NV>(block, window, tables, chunk, state);
+        }
     }
 }
+
+/// What the keys of each line, then of each column, add to the scores of the block's rows.
+///
+/// # Safety
+/// As for [`by_rows`]; `tables` are those of `window`, which is the block's.
+#[inline(always)]
+unsafe fn begin_places<S: Simd, const NV: usize>(
+    block: &Block,
+    window: &Window,
+    tables: [*const f32; 2],
+    chunk: Chunk,
+    state: State,
+) {
+    let (d, width) = (block.head_dim, NV * S::LANES);
+    let mut sums = state.places;
+    for (axis, table) in tables.into_iter().enumerate() {
+        let size = window.size[axis];
+        // SAFETY: the block's rows are positions of the window. A row at `place` along the axis is `place - key` from a
+        // key, which is distance `place - key + size - 1` of the table, below `2 · size - 1`.
+        unsafe {
+            let mut places = [0; 2 * MAX_LANES];
+            for (row, place) in places.iter_mut().enumerate().take(block.rows) {
+                let position = *window.queries.add(row) as usize;
+                *place = if axis == 0 { position / window.size[1] } else { position % window.size[1] };
+            }
+            let places = &places[..block.rows];
+            let first = places.iter().copied().min().unwrap_or(0);
+            let end = places.iter().copied().max().unwrap_or(0) + size;
+            for begin in (first..end).step_by(KEYS) {
+                let count = KEYS.min(end - begin);
+                let part = Chunk { keys: table.add(begin * d).cast_mut(), ..chunk };
+                score_tiles::<S, TILE, NV>(count, d, part, state.queries);
+                for distance in begin..begin + count {
+                    for (row, place) in places.iter().enumerate() {
+                        let key = (place + size - 1).wrapping_sub(distance);
+                        if key < size {
+                            let product = *chunk.scores.add((distance - begin) * width + row);
+                            *sums.add(key * width + row) = product / block.scale;
+                        }
+                    }
+                }
+            }
+            sums = sums.add(size * width);
+        }
+    }
+}
+
+/// Adds what the places of `keys`, positions that follow each other, add to the scores.
+///
+/// # Safety
+/// As for [`by_rows`]; [`begin_places`] has been called.
+#[inline(always)]
+unsafe fn add_places<S: Simd, const NV: usize>(window: &Window, keys: &[u32], scores: *mut f32, state: State) {
+    let [lines, columns] = window.size;
+    let (mut line, mut column) = (keys[0] as usize / columns, keys[0] as usize % columns);
+    // SAFETY: as for this function.
+    unsafe {
+        for j in 0..keys.len() {
+            for n in 0..NV {
+                let at = |row: usize| (row * NV + n) * S::LANES;
+                let of_line = S::load(state.places.add(at(line)));
+                let of_column = S::load(state.places.add(at(lines + column)));
+                let score = scores.add(at(j));
+                S::store(score, S::add(S::load(score), S::add(of_line, of_column)));
+            }
+            column += 1;
+            if column == columns {
+                (line, column) = (line + 1, 0);
+            }
+        }
+    }
+}
+
+/// Keys whose scores are made together where there are few registers.
+const TILE: usize = 6;
 
 /// Takes in the keys and values of a chunk; `keys` are their positions.
 ///
@@ -416,10 +610,13 @@ unsafe fn advance<S: Simd, const NV: usize>(block: &Block, keys: &[u32], chunk: 
         if S::REGISTERS >= 32 {
             score_tiles::<S, 8, NV>(keys.len(), d, chunk, state.queries);
         } else {
-            score_tiles::<S, 6, NV>(keys.len(), d, chunk, state.queries);
+            score_tiles::<S, TILE, NV>(keys.len(), d, chunk, state.queries);
         }
-        if let Some(bias) = block.bias {
-            add_bias::<S, NV>(block, bias, keys, chunk.scores);
+        if let Some(window) = block.window.as_ref().filter(|window| window.tables.is_some()) {
+            add_places::<S, NV>(window, keys, chunk.scores, state);
+        }
+        if let Some((bias, key_stride)) = block.bias {
+            add_bias::<S, NV>(block, bias, key_stride, keys, chunk.scores);
         }
         let (all_from, all_to) = (block.row_range(block.rows - 1).0, block.row_range(0).1);
         if i64::from(keys[0]) < all_from || i64::from(keys[keys.len() - 1]) >= all_to {
@@ -488,15 +685,29 @@ unsafe fn score_tiles<S: Simd, const MR: usize, const NV: usize>(
 /// # Safety
 /// As for [`by_rows`]; `bias` is valid for the block's rows and every key.
 #[inline(always)]
-unsafe fn add_bias<S: Simd, const NV: usize>(block: &Block, bias: *const f32, keys: &[u32], scores: *mut f32) {
+unsafe fn add_bias<S: Simd, const NV: usize>(
+    block: &Block,
+    bias: *const f32,
+    key_stride: usize,
+    keys: &[u32],
+    scores: *mut f32,
+) {
     let width = NV * S::LANES;
-    let neighbours = (keys[keys.len() - 1] - keys[0]) as usize + 1 == keys.len();
+    let neighbours = key_stride == 1 && (keys[keys.len() - 1] - keys[0]) as usize + 1 == keys.len();
     // SAFETY: as for this function.
     unsafe {
         for n in 0..NV {
             let (first, end) = (n * S::LANES, ((n + 1) * S::LANES).min(block.rows));
             let bias = bias.add(first * block.bias_stride);
             let scores = scores.add(first);
+            if block.bias_stride == 1 {
+                for (j, key) in keys.iter().enumerate() {
+                    let (bias, score) = (bias.add(*key as usize * key_stride), scores.add(j * width));
+                    let bias = if end - first == S::LANES { S::load(bias) } else { S::load_partial(bias, end - first) };
+                    S::store(score, S::add(S::load(score), bias));
+                }
+                continue;
+            }
             let mut j = 0;
             if neighbours && end - first == S::LANES {
                 while j + 4 <= keys.len() {
@@ -510,7 +721,7 @@ unsafe fn add_bias<S: Simd, const NV: usize>(block: &Block, bias: *const f32, ke
             }
             for (j, key) in keys.iter().enumerate().skip(j) {
                 for row in 0..end - first {
-                    *scores.add(j * width + row) += *bias.add(row * block.bias_stride + *key as usize);
+                    *scores.add(j * width + row) += *bias.add(row * block.bias_stride + *key as usize * key_stride);
                 }
             }
         }
@@ -624,7 +835,7 @@ unsafe fn value_tile<S: Simd, const ND: usize>(
 /// A row's result into the output, divided by its total unless parts are to be joined.
 ///
 /// # Safety
-/// The CPU has `S`; `result` has the padded width of a head.
+/// The CPU has `S`; `row` is one of the block's, and `result` has the padded width of a head.
 #[inline(always)]
 unsafe fn finish_row<S: Simd>(block: &Block, row: usize, result: *const f32, highest: f32, total: f32) {
     // SAFETY: as for this function.
@@ -634,7 +845,7 @@ unsafe fn finish_row<S: Simd>(block: &Block, row: usize, result: *const f32, hig
             *parts.add(2 * row + 1) = total;
         }
         let scale = S::splat(if block.parts.is_some() { 1.0 } else { 1.0 / total });
-        let out = block.out.add(row * block.out_stride);
+        let out = block.out.add(block.place(row) * block.out_stride);
         let mut i = 0;
         while i < block.head_dim {
             let lanes = (block.head_dim - i).min(S::LANES);
@@ -671,7 +882,7 @@ unsafe fn by_head<S: Simd, const R: usize>(blocks: &[Block], index: &[u32], scra
             for (step, some) in keys.chunks(FEW_STEP).enumerate() {
                 let next = keys.chunks(FEW_STEP).nth(step + 1).unwrap_or_default();
                 for (i, block) in blocks.iter().enumerate() {
-                    prefetch_rows::<S>(block.k, block.k_stride, next, d);
+                    prefetch_rows::<S>(block.keys(), next, d);
                     few_scores::<S, R>(block, some, part(i), part(i).add(2 * room + step * FEW_STEP));
                 }
             }
@@ -679,9 +890,9 @@ unsafe fn by_head<S: Simd, const R: usize>(blocks: &[Block], index: &[u32], scra
                 for (row, sums) in sums[i].iter_mut().enumerate() {
                     let scores = std::slice::from_raw_parts_mut(part(i).add(2 * room + row * FEW_KEYS), keys.len());
                     let (from, to) = block.row_range(row);
-                    if let Some(bias) = block.bias {
+                    if let Some((bias, key_stride)) = block.bias {
                         for (score, &key) in scores.iter_mut().zip(keys) {
-                            *score += *bias.add(row * block.bias_stride + key as usize);
+                            *score += *bias.add(row * block.bias_stride + key as usize * key_stride);
                         }
                     }
                     if i64::from(keys[0]) < from || i64::from(keys[keys.len() - 1]) >= to {
@@ -701,7 +912,7 @@ unsafe fn by_head<S: Simd, const R: usize>(blocks: &[Block], index: &[u32], scra
             for (step, some) in keys.chunks(FEW_STEP).enumerate() {
                 let next = keys.chunks(FEW_STEP).nth(step + 1).unwrap_or_default();
                 for (i, block) in blocks.iter().enumerate() {
-                    prefetch_rows::<S>(block.v, block.v_stride, next, d);
+                    prefetch_rows::<S>(block.values(), next, d);
                     let (weights, result) = (part(i).add(2 * room + step * FEW_STEP), part(i).add(room));
                     let most = (if S::REGISTERS >= 32 { 16 } else { 8 } / R).min(4);
                     let mut column = 0;
@@ -868,7 +1079,7 @@ fn attention_on(isa: Isa, call: &Attention) -> Result<Vec<f32>, KernelError> {
 }
 
 /// Rows of a block: two vectors.
-fn most_rows(isa: Isa) -> usize {
+pub(super) fn most_rows(isa: Isa) -> usize {
     match isa {
         Isa::Avx512 => 32,
         Isa::Avx2 => 16,
@@ -878,10 +1089,11 @@ fn most_rows(isa: Isa) -> usize {
 
 /// # Safety
 /// As for [`blocks_kernel`], which this calls with the thread's scratch.
-unsafe fn run_blocks(isa: Isa, blocks: &[Block], index: &[u32]) {
+pub(super) unsafe fn run_blocks(isa: Isa, blocks: &[Block], index: &[u32]) {
     let Some(first) = blocks.first() else { return };
     SCRATCH.with_borrow_mut(|scratch| {
-        let len = scratch_len(blocks.len(), most_rows(isa), first.head_dim);
+        let places = first.window.map_or(0, |window| window.places());
+        let len = scratch_len(blocks.len(), most_rows(isa), first.head_dim, places);
         if scratch.len() < len {
             *scratch = Buffer::zeroed(len);
         }
@@ -909,10 +1121,11 @@ impl Attention<'_> {
             v_stride: self.v.row,
             bias: self
                 .bias
-                .map(|Bias { data, strides: [b, h, q] }| data.as_ptr().wrapping_add(item * b + head * h + query * q)),
+                .map(|bias| (bias.data.as_ptr().wrapping_add(bias.start(item, head, query)), bias.strides[3])),
             bias_stride: self.bias.map_or(0, |bias| bias.strides[if queries == 1 { 1 } else { 2 }]),
             out: out.get().wrapping_add(((item * queries + query) * heads + head) * head_dim),
             out_stride: stride(heads * head_dim),
+            window: None,
             parts: None,
             pattern: self.pattern,
             position: self.position(query),
@@ -1045,8 +1258,7 @@ fn attention_scalar(call: &Attention) -> Vec<f32> {
             let products =
                 call.q.head(item, query, head, head_dim).iter().zip(call.k.head(item, key, kv_head, head_dim));
             let dot: f64 = products.map(|(&q, &k)| f64::from(q) * f64::from(k)).sum();
-            let bias =
-                call.bias.map_or(0.0, |Bias { data, strides: [b, h, q] }| data[item * b + head * h + query * q + key]);
+            let bias = call.bias.map_or(0.0, |bias| bias.data[bias.start(item, head, query) + key * bias.strides[3]]);
             dot * f64::from(call.scale) + f64::from(bias)
         };
         let scores: Vec<f64> = (0..keys).map(|key| if sees(key) { score(key) } else { f64::NEG_INFINITY }).collect();
@@ -1150,7 +1362,7 @@ mod tests {
             let valid = [(0..n / 2).collect(), (n - 7..n).collect(), (0..n).step_by(3).collect(), vec![]];
             for pattern in [Pattern::Full, Pattern::Causal, Pattern::Sliding(4)] {
                 let bias = noise(2 * queries * keys, 3);
-                let bias = Bias { data: &bias, strides: [0, queries * keys, keys] };
+                let bias = Bias { data: &bias, strides: [0, queries * keys, keys, 1], which: None };
                 for bias in [None, Some(bias)] {
                     check([4, 2, 2, queries, keys, 24], pattern, Some(&valid), bias, 0.5);
                 }
@@ -1162,9 +1374,20 @@ mod tests {
     fn biases_of_every_broadcast() {
         let bias = noise(2 * 3 * 50 * 131, 4);
         for (queries, keys) in [(1, 131), (4, 9), (50, 131), (16, 48), (33, 50)] {
-            for strides in [[0, 0, 0], [0, keys, 0], [0, 0, keys], [3 * queries * keys, queries * keys, keys]] {
-                check([2, 3, 1, queries, keys, 8], Pattern::Full, None, Some(Bias { data: &bias, strides }), 0.5);
-                check([2, 3, 3, queries, keys, 17], Pattern::Causal, None, Some(Bias { data: &bias, strides }), 0.5);
+            let all = [3 * queries * keys, queries * keys];
+            for strides in [
+                [0, 0, 0, 1],
+                [0, keys, 0, 1],
+                [0, 0, keys, 1],
+                [all[0], all[1], keys, 1],
+                // the queries side by side
+                [all[0], all[1], 1, queries],
+            ] {
+                let own = Bias { data: &bias, strides, which: None };
+                for bias in [own, Bias { which: Some(&[1, 1]), ..own }, Bias { which: Some(&[1, 0]), ..own }] {
+                    check([2, 3, 1, queries, keys, 8], Pattern::Full, None, Some(bias), 0.5);
+                    check([2, 3, 3, queries, keys, 17], Pattern::Causal, None, Some(bias), 0.5);
+                }
             }
         }
     }
@@ -1187,7 +1410,7 @@ mod tests {
                     [1, 2, 1, queries, keys, 16],
                     Pattern::Full,
                     None,
-                    Some(Bias { data: &bias, strides: [0; 3] }),
+                    Some(Bias { data: &bias, strides: [0, 0, 0, 1], which: None }),
                     0.25,
                 );
             }

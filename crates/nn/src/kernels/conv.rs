@@ -169,7 +169,7 @@ impl Windows<'_> {
 /// # Safety
 /// The CPU has `S`; `n` elements at each, which do not overlap.
 #[inline(always)]
-unsafe fn copy<S: Simd>(from: *const f32, to: *mut f32, n: usize) {
+pub(super) unsafe fn copy<S: Simd>(from: *const f32, to: *mut f32, n: usize) {
     // SAFETY: below n.
     unsafe {
         let mut i = 0;
@@ -186,7 +186,7 @@ unsafe fn copy<S: Simd>(from: *const f32, to: *mut f32, n: usize) {
 /// # Safety
 /// The CPU has `S`; `n` elements at `to`.
 #[inline(always)]
-unsafe fn zero<S: Simd>(to: *mut f32, n: usize) {
+pub(super) unsafe fn zero<S: Simd>(to: *mut f32, n: usize) {
     // SAFETY: below n.
     unsafe {
         let mut i = 0;

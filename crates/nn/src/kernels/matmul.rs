@@ -34,21 +34,24 @@
 //! heights of a tile inlined into one function 88 %, for the compiler then spills sums. Without asking ahead bf16
 //! 2048 × 8192 runs at 25 and 18 GB/s with 4 and 8 rows, 2 KiB ahead at 34 and 26.
 //!
-//! Not built yet: bf16 products (`vdpbf16ps`, activations rounded to bf16). A bare kernel of the same tiles with them,
-//! rounding A included, takes 1174 µs for 132 × 768 × 3072 where the bf16 path takes 2194, and 14.4 ms against 31.1 for
-//! 1020 rows (one thread, same machine, beside much other work).
+//! Weights in bf16 are multiplied as bf16, the rows of A rounded to it as well, where the CPU does that faster than f32
+//! ([`PairProduct`]): such panels hold two neighbours over k in a lane, and the tile is the same with `vdpbf16ps` for the
+//! multiply-add.
 #![expect(unsafe_code, reason = "micro-kernels on raw rows; lengths are checked once, in `matmul`")]
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
+#[cfg(target_arch = "x86_64")]
+use std::sync::OnceLock;
 
 use half::{bf16, f16};
 
-use super::conv::Windows;
+use super::conv::{Windows, copy, zero};
 use super::isa::Isa;
 use super::simd::{Kernel, Simd, simd_entry};
 use super::{KernelError, math};
 use crate::activation::Activation;
+use crate::gather::ZEROS;
 use crate::memory::Buffer;
 use crate::pool;
 
@@ -94,6 +97,89 @@ enum Panels {
     F32(Buffer<f32>),
     Bf16(Buffer<bf16>),
     F16(Buffer<f16>),
+    /// Two neighbours over k at a time, for products of bf16 with bf16.
+    Pairs(Buffer<Pair>, PairProduct),
+}
+
+/// Two neighbours over k, the first in the lower half.
+#[derive(Debug, Clone, Copy, Default)]
+struct Pair(u32);
+
+/// How [`Pair`]s are multiplied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum PairProduct {
+    /// As two f32 each.
+    #[cfg(test)]
+    Halves,
+    /// `vdpbf16ps`.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
+}
+
+impl PairProduct {
+    /// The one that this CPU multiplies bf16 faster with than f32, if there is one.
+    ///
+    /// With `vdpbf16ps` an AMD Zen 4 or 5 does twice the multiplications of f32, an Intel of the fourth generation half
+    /// of them, so the two are timed once, on registers, for some microseconds. `ROOFBENCH_BF16=f32` turns it off and
+    /// `ROOFBENCH_BF16=dot` on.
+    fn faster() -> Option<Self> {
+        #[cfg(target_arch = "x86_64")]
+        {
+            static FASTER: OnceLock<bool> = OnceLock::new();
+            let faster = *FASTER.get_or_init(|| {
+                if Isa::current() != Isa::Avx512 || !is_x86_feature_detected!("avx512bf16") {
+                    return false;
+                }
+                match std::env::var("ROOFBENCH_BF16").as_deref() {
+                    Ok("dot") => true,
+                    Ok("f32") => false,
+                    _ => pairs_over_single() > 1.2,
+                }
+            });
+            faster.then_some(Self::Avx512Bf16)
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        None
+    }
+}
+
+/// How many multiplications of bf16 this CPU, which has AVX-512 with BF16, does in the time of one of f32.
+#[cfg(target_arch = "x86_64")]
+fn pairs_over_single() -> f64 {
+    use super::simd::{Avx512, Avx512Bf16};
+    const STEPS: usize = 2000;
+
+    struct Sums<E>(std::marker::PhantomData<E>);
+    impl<E: Element> Kernel for Sums<E> {
+        #[inline(always)]
+        unsafe fn run<S: Simd>(&self) {
+            // SAFETY: the contract of the trait.
+            unsafe {
+                let one = S::splat(std::hint::black_box(f32::from_bits(0x3f80_3f80))); // both halves 1
+                let mut sums = [S::splat(0.0); MAX_ROWS];
+                for _ in 0..STEPS {
+                    for sum in &mut sums {
+                        *sum = E::add_product::<S>(one, one, *sum);
+                    }
+                }
+                std::hint::black_box(sums);
+            }
+        }
+    }
+    fn best(run: impl Fn()) -> f64 {
+        let time = |_| {
+            let start = std::time::Instant::now();
+            run();
+            start.elapsed().as_secs_f64()
+        };
+        (0..5).map(time).fold(f64::INFINITY, f64::min)
+    }
+    let kind = std::marker::PhantomData;
+    // SAFETY: the caller has seen that the CPU has both.
+    let single = best(|| unsafe { Avx512::call(&Sums::<f32>(kind)) });
+    // SAFETY: as above.
+    let pairs = best(|| unsafe { Avx512Bf16::call(&Sums::<Pair>(std::marker::PhantomData)) });
+    2.0 * single / pairs
 }
 
 /// Weights (n, k) as the micro-kernel reads them: panels of some columns of C, each panel contiguous over k, columns
@@ -111,16 +197,28 @@ impl PackedMatrix {
     /// # Errors
     /// When the length is not n · k.
     pub fn pack(weights: Weights<'_>, n: usize, k: usize) -> Result<Self, KernelError> {
-        Self::pack_for(Isa::current(), weights, n, k)
+        match (weights, PairProduct::faster()) {
+            (Weights::Bf16(w), Some(product)) => Self::pack_pairs(Isa::current(), product, w, n, k),
+            _ => Self::pack_for(Isa::current(), weights, n, k),
+        }
+    }
+
+    /// For products in which A is rounded to bf16 as well.
+    fn pack_pairs(isa: Isa, product: PairProduct, w: &[bf16], n: usize, k: usize) -> Result<Self, KernelError> {
+        KernelError::check("weights", n.checked_mul(k), w.len())?;
+        let half = |row: usize, i: usize| if i < k { u32::from(w[row * k + i].to_bits()) } else { 0 };
+        let pair = |row: usize, i: usize| Pair(half(row, 2 * i) | half(row, 2 * i + 1) << 16);
+        let panels = pack_panels(pair, n, k.div_ceil(2), panel_width(isa));
+        Ok(Self { isa, n, k, panels: Panels::Pairs(panels, product) })
     }
 
     pub(crate) fn pack_for(isa: Isa, weights: Weights<'_>, n: usize, k: usize) -> Result<Self, KernelError> {
         KernelError::check("weights", n.checked_mul(k), weights.len())?;
         let width = panel_width(isa);
         let panels = match weights {
-            Weights::F32(w) => Panels::F32(pack_panels(w, n, k, width)),
-            Weights::Bf16(w) => Panels::Bf16(pack_panels(w, n, k, width)),
-            Weights::F16(w) => Panels::F16(pack_panels(w, n, k, width)),
+            Weights::F32(w) => Panels::F32(pack_panels(|row, i| w[row * k + i], n, k, width)),
+            Weights::Bf16(w) => Panels::Bf16(pack_panels(|row, i| w[row * k + i], n, k, width)),
+            Weights::F16(w) => Panels::F16(pack_panels(|row, i| w[row * k + i], n, k, width)),
         };
         Ok(Self { isa, n, k, panels })
     }
@@ -141,6 +239,15 @@ impl PackedMatrix {
             Panels::F32(w) => size_of_val::<[f32]>(w),
             Panels::Bf16(w) => size_of_val::<[bf16]>(w),
             Panels::F16(w) => size_of_val::<[f16]>(w),
+            Panels::Pairs(w, _) => size_of_val::<[Pair]>(w),
+        }
+    }
+
+    /// Steps over k: elements, or pairs of them.
+    fn steps(&self) -> usize {
+        match self.panels {
+            Panels::Pairs(..) => self.k.div_ceil(2),
+            _ => self.k,
         }
     }
 
@@ -157,13 +264,20 @@ impl PackedMatrix {
             Panels::F32(w) => copy(w, first, width, out, |x| x),
             Panels::Bf16(w) => copy(w, first, width, out, bf16::to_f32),
             Panels::F16(w) => copy(w, first, width, out, f16::to_f32),
+            Panels::Pairs(w, _) => {
+                let first = row / width * width * self.k.div_ceil(2) + row % width;
+                for (i, out) in out.iter_mut().enumerate() {
+                    let Pair(bits) = w[first + i / 2 * width];
+                    out.write(f32::from_bits(if i % 2 == 0 { bits << 16 } else { bits & 0xffff_0000 }));
+                }
+            }
         }
     }
 
     /// How a product of `m` rows is cut into tasks for `threads`.
     pub(super) fn grid(&self, m: usize, threads: usize) -> Grid {
         let width = panel_width(self.isa);
-        Grid::choose(m, self.n.div_ceil(width), width, self.k, threads)
+        Grid::choose(m, self.n.div_ceil(width), width, self.steps(), threads)
     }
 
     /// One task, on the calling thread.
@@ -172,13 +286,17 @@ impl PackedMatrix {
     /// Source, C and epilogue of the block reach over its rows and over the columns of its panels; nobody else touches
     /// this part of C.
     pub(super) unsafe fn multiply(&self, block: &Block<'_>) {
-        let &Self { isa, n, k, .. } = self;
+        let (isa, n, k) = (self.isa, self.n, self.steps());
         // SAFETY: the caller's, and packing took an available set.
         unsafe {
             match &self.panels {
                 Panels::F32(panels) => block_f32(isa, block, n, k, panels.as_ptr()),
                 Panels::Bf16(panels) => block_bf16(isa, block, n, k, panels.as_ptr()),
                 Panels::F16(panels) => block_f16(isa, block, n, k, panels.as_ptr()),
+                #[cfg(test)]
+                Panels::Pairs(panels, PairProduct::Halves) => block_pairs(isa, block, n, k, panels.as_ptr()),
+                #[cfg(target_arch = "x86_64")]
+                Panels::Pairs(panels, PairProduct::Avx512Bf16) => block_dot(block, n, k, panels.as_ptr()),
             }
         }
     }
@@ -199,7 +317,13 @@ pub(super) fn panel_width(isa: Isa) -> usize {
     }
 }
 
-fn pack_panels<T: Copy + Default + Send + Sync>(w: &[T], n: usize, k: usize, width: usize) -> Buffer<T> {
+/// Panels of the elements (row, i) that `element` gives for rows below n.
+fn pack_panels<T: Copy + Default + Send + Sync>(
+    element: impl Fn(usize, usize) -> T + Sync,
+    n: usize,
+    k: usize,
+    width: usize,
+) -> Buffer<T> {
     let mut packed = Buffer::uninit(n.div_ceil(width) * width * k);
     let base = SendPtr(packed.as_mut_ptr());
     pool::run(n.div_ceil(width), |panel| {
@@ -210,8 +334,8 @@ fn pack_panels<T: Copy + Default + Send + Sync>(w: &[T], n: usize, k: usize, wid
         for (block, out) in out.chunks_mut(16 * width).enumerate() {
             for column in 0..width {
                 for (i, out) in out.chunks_mut(width).enumerate() {
-                    let value =
-                        if first + column < n { w[(first + column) * k + block * 16 + i] } else { T::default() };
+                    let row = first + column;
+                    let value = if row < n { element(row, block * 16 + i) } else { T::default() };
                     out[column].write(value);
                 }
             }
@@ -287,19 +411,104 @@ pub fn matmul(
     out: &mut [MaybeUninit<f32>],
 ) -> Result<(), KernelError> {
     check_lengths(a, m, w.n, w.k, epilogue, out.len())?;
+    product(Source::Rows(a), m, w, epilogue, out);
+    Ok(())
+}
+
+/// The same of the rows of A that `index` names, zeros for [`ZEROS`]; a tile of them at a time is copied together beside
+/// the micro-kernel.
+///
+/// # Errors
+/// As for [`matmul`].
+pub(crate) fn matmul_picked(
+    a: Rows<'_>,
+    index: &[u32],
+    w: &PackedMatrix,
+    epilogue: &Epilogue<'_>,
+    out: &mut [MaybeUninit<f32>],
+) -> Result<(), KernelError> {
+    a.check("A", rows_picked(index), w.k)?;
+    check_result(index.len(), w.n, epilogue, out.len())?;
+    product(Source::Picked(a, index), index.len(), w, epilogue, out);
+    Ok(())
+}
+
+/// The rows that there have to be.
+fn rows_picked(index: &[u32]) -> usize {
+    index.iter().filter(|row| **row != ZEROS).max().map_or(0, |row| *row as usize + 1)
+}
+
+/// C of checked lengths, on the pool.
+fn product(a: Source<'_>, m: usize, w: &PackedMatrix, epilogue: &Epilogue<'_>, out: &mut [MaybeUninit<f32>]) {
     if out.is_empty() {
-        return Ok(());
+        return;
     }
+    let rounded;
+    let mut round = |a, rows| {
+        rounded = round_to_pairs(w.isa, a, rows, w.k);
+        Rows::contiguous(&rounded, w.steps())
+    };
+    let a = match (&w.panels, a) {
+        (Panels::Pairs(..), Source::Rows(a)) => Source::Rows(round(a, m)),
+        (Panels::Pairs(..), Source::Picked(a, index)) => Source::Picked(round(a, rows_picked(index)), index),
+        (_, a) => a,
+    };
     let grid = w.grid(m, pool::threads());
     let c = SendPtr(out.as_mut_ptr().cast::<f32>());
     pool::run(grid.tasks(), |task| {
         let (rows, panels) = grid.task(task);
-        let (a, c) = (Source::Rows(a), c.get());
+        let c = c.get();
         let block = Block { a, c, c_stride: w.n, rows, panels, epilogue, activation_last: false };
-        // SAFETY: the lengths were checked above, and tasks write disjoint parts of C.
+        // SAFETY: the lengths were checked by the caller, and tasks write disjoint parts of C.
         unsafe { w.multiply(&block) }
     });
-    Ok(())
+}
+
+/// Rows of A rounded to bf16, as pairs in the bits of an f32 each.
+fn round_to_pairs(isa: Isa, a: Rows<'_>, m: usize, k: usize) -> Buffer<f32> {
+    const ELEMENTS: usize = 1 << 14; // of a task
+    let pairs = k.div_ceil(2);
+    let mut rounded = Buffer::uninit(m * pairs);
+    let base = SendPtr(rounded.as_mut_ptr());
+    let rows = (ELEMENTS / k.max(1)).max(1);
+    pool::run(m.div_ceil(rows), |task| {
+        for row in task * rows..m.min((task + 1) * rows) {
+            // SAFETY: each row of the buffer is one task's own; the set is one that the CPU has.
+            unsafe {
+                let out = std::slice::from_raw_parts_mut(base.get().add(row * pairs), pairs);
+                round_row(isa, &a.data[row * a.stride..][..k], out);
+            }
+        }
+    });
+    // SAFETY: every row was written.
+    unsafe { rounded.assume_init() }
+}
+
+simd_entry! {
+    /// # Safety
+    /// `isa` is available.
+    fn round_row(row: &[f32], out: &mut [MaybeUninit<f32>]) = round_row_with
+}
+
+/// To the nearest, ties to even; plain code, which the compiler makes vectors of.
+///
+/// # Safety
+/// The CPU has `S`.
+#[inline(always)]
+unsafe fn round_row_with<S: Simd>(row: &[f32], out: &mut [MaybeUninit<f32>]) {
+    let round = |x: f32| {
+        let bits = x.to_bits();
+        let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+        // a NaN stays one
+        if x.is_nan() { bits >> 16 | 0x40 } else { rounded }
+    };
+    let (whole, rest) = row.as_chunks::<2>();
+    for (out, [first, second]) in out.iter_mut().zip(whole) {
+        out.write(f32::from_bits(round(*first) | round(*second) << 16));
+    }
+    if let ([last], Some(out)) = (rest, out.last_mut()) {
+        out.write(f32::from_bits(round(*last)));
+    }
 }
 
 /// A, C (of length `out`) and what the epilogue holds fit (m, n, k).
@@ -312,6 +521,11 @@ pub(super) fn check_lengths(
     out: usize,
 ) -> Result<(), KernelError> {
     a.check("A", m, k)?;
+    check_result(m, n, epilogue, out)
+}
+
+/// C (of length `out`) and what the epilogue holds fit (m, n).
+fn check_result(m: usize, n: usize, epilogue: &Epilogue<'_>, out: usize) -> Result<(), KernelError> {
     KernelError::check("C", m.checked_mul(n), out)?;
     if let Some(bias) = epilogue.bias {
         KernelError::check("bias", Some(n), bias.len())?;
@@ -383,6 +597,8 @@ pub(super) enum Source<'a> {
     Rows(Rows<'a>),
     /// The windows of a convolution, gathered tile by tile.
     Windows(&'a Windows<'a>),
+    /// Those that the numbers name, gathered likewise.
+    Picked(Rows<'a>, &'a [u32]),
 }
 
 /// One task.
@@ -414,6 +630,22 @@ simd_entry! {
     fn block_f16(block: &Block<'_>, n: usize, k: usize, panels: *const f16) = multiply<_, f16>
 }
 
+#[cfg(test)]
+simd_entry! {
+    /// # Safety
+    /// As for [`block_f32`], A and W in pairs.
+    fn block_pairs(block: &Block<'_>, n: usize, k: usize, panels: *const Pair) = multiply<_, Pair>
+}
+
+/// # Safety
+/// As for [`block_f32`], A and W in pairs; the CPU has AVX-512 with BF16.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")]
+unsafe fn block_dot(block: &Block<'_>, n: usize, k: usize, panels: *const Pair) {
+    // SAFETY: the caller's.
+    unsafe { multiply::<super::simd::Avx512Bf16, Pair>(block, n, k, panels) }
+}
+
 /// A stored weight.
 pub(super) trait Element: Copy {
     /// `S::LANES` of them, as f32.
@@ -421,6 +653,30 @@ pub(super) trait Element: Copy {
     /// # Safety
     /// As for the methods of [`Simd`].
     unsafe fn load<S: Simd>(p: *const Self) -> S::F;
+
+    /// `sum` and the product of what A and W hold in each lane.
+    ///
+    /// # Safety
+    /// As for the methods of [`Simd`].
+    #[inline(always)]
+    unsafe fn add_product<S: Simd>(a: S::F, w: S::F, sum: S::F) -> S::F {
+        // SAFETY: the caller's.
+        unsafe { S::fma(a, w, sum) }
+    }
+}
+
+impl Element for Pair {
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const Self) -> S::F {
+        // SAFETY: the caller's; a pair is as large as an f32.
+        unsafe { S::load(p.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn add_product<S: Simd>(a: S::F, w: S::F, sum: S::F) -> S::F {
+        // SAFETY: the caller's.
+        unsafe { S::dot_bf16(a, w, sum) }
+    }
 }
 
 impl Element for f32 {
@@ -487,6 +743,20 @@ unsafe fn multiply<S: Simd, E: Element>(block: &Block<'_>, n: usize, k: usize, p
                         Source::Windows(windows) => {
                             let buffer: *mut f32 = gathered.0.as_mut_ptr().cast();
                             windows.gather::<S>(rows.clone(), steps.clone(), buffer);
+                            (buffer.cast_const(), steps.len())
+                        }
+                        Source::Picked(a, index) => {
+                            let buffer: *mut f32 = gathered.0.as_mut_ptr().cast();
+                            for (i, row) in index[rows.clone()].iter().enumerate() {
+                                let to = buffer.add(i * steps.len());
+                                match *row {
+                                    ZEROS => zero::<S>(to, steps.len()),
+                                    row => {
+                                        let from = a.data.as_ptr().add(row as usize * a.stride + steps.start);
+                                        copy::<S>(from, to, steps.len());
+                                    }
+                                }
+                            }
                             (buffer.cast_const(), steps.len())
                         }
                     };
@@ -611,7 +881,7 @@ impl<E: Element, const M: usize> Kernel for Tile<'_, E, M> {
                 for i in 0..M {
                     let x = S::splat(*four.add(offsets[i % 4]));
                     for j in 0..VECTORS {
-                        sums[i][j] = S::fma(x, w[j], sums[i][j]);
+                        sums[i][j] = E::add_product::<S>(x, w[j], sums[i][j]);
                     }
                     if i % 4 == 3 {
                         four = four.add(4 * stride);
@@ -678,6 +948,22 @@ pub(super) unsafe fn finish<S: Simd>(
 
 #[inline(always)]
 unsafe fn finish_with<S: Simd>(activation: Activation, staged: *const f32, height: usize, columns: usize, out: &Out) {
+    // what most tiles are: whole, and nothing but a bias before the activation
+    if let (Some(bias), false, None) = (out.bias, out.add, out.residual)
+        && columns == VECTORS * S::LANES
+    {
+        // SAFETY: the caller's.
+        unsafe {
+            let bias: [S::F; VECTORS] = std::array::from_fn(|j| S::load(bias.add(j * S::LANES)));
+            for i in 0..height {
+                for (j, bias) in bias.iter().enumerate() {
+                    let sum = S::add(S::load(staged.add((i * VECTORS + j) * S::LANES)), *bias);
+                    S::store(out.c.add(i * out.stride + j * S::LANES), math::activate::<S>(activation, sum));
+                }
+            }
+        }
+        return;
+    }
     for i in 0..height {
         for j in 0..columns.div_ceil(S::LANES) {
             let column = j * S::LANES;
@@ -732,6 +1018,35 @@ mod tests {
             }
         }
         out
+    }
+
+    fn pair_products(isa: Isa) -> Vec<PairProduct> {
+        let mut products = vec![PairProduct::Halves];
+        #[cfg(target_arch = "x86_64")]
+        if isa == Isa::Avx512 && is_x86_feature_detected!("avx512bf16") {
+            products.push(PairProduct::Avx512Bf16);
+        }
+        products
+    }
+
+    #[test]
+    fn rows_come_back_as_they_were_packed() {
+        let (n, k) = (70, 33);
+        let weights: Vec<bf16> = numbers(n * k, 5).into_iter().map(bf16::from_f32).collect();
+        for isa in Isa::available() {
+            let plain = PackedMatrix::pack_for(isa, Weights::Bf16(&weights), n, k).unwrap();
+            let pairs =
+                pair_products(isa).into_iter().map(|p| PackedMatrix::pack_pairs(isa, p, &weights, n, k).unwrap());
+            for matrix in pairs.chain([plain]) {
+                for row in [0, 1, 31, 32, 69] {
+                    let mut out = vec![MaybeUninit::new(f32::NAN); k];
+                    matrix.row(row, &mut out);
+                    // SAFETY: initialised above.
+                    let out: Vec<f32> = out.into_iter().map(|x| unsafe { x.assume_init() }).collect();
+                    assert_eq!(out, weights[row * k..][..k].iter().map(|w| w.to_f32()).collect::<Vec<_>>());
+                }
+            }
+        }
     }
 
     /// Numbers in [-1, 1), the same in every run.
@@ -806,10 +1121,18 @@ mod tests {
                 (Weights::Bf16(&bf16s), &from_bf16),
                 (Weights::F16(&f16s), &from_f16),
             ];
-            for (weights, values) in stored {
-                let packed = PackedMatrix::pack_for(isa, weights, n, k).unwrap();
+            let rounded: Vec<f32> = self.a.iter().map(|&x| bf16::from_f32(x).to_f32()).collect();
+            let rounded = Rows { data: &rounded, stride };
+            let mut cases: Vec<_> = stored
+                .map(|(weights, values)| (PackedMatrix::pack_for(isa, weights, n, k).unwrap(), a, values))
+                .into_iter()
+                .collect();
+            for pairs in pair_products(isa) {
+                cases.push((PackedMatrix::pack_pairs(isa, pairs, &bf16s, n, k).unwrap(), rounded, &from_bf16));
+            }
+            for (packed, rounded, values) in cases {
                 let found = product(a, m, &packed, &epilogue);
-                let expected = matmul_reference(a, m, values, n, k, &epilogue);
+                let expected = matmul_reference(rounded, m, values, n, k, &epilogue);
                 for (index, (found, expected)) in found.iter().zip(&expected).enumerate() {
                     let error = (f64::from(*found) - expected).abs();
                     assert!(
@@ -917,6 +1240,48 @@ mod tests {
                     assert_eq!(product(Rows { data: row, stride: k }, 1, &packed, &Epilogue::default()), alone);
                 }
             }
+            for pairs in pair_products(isa) {
+                let packed = PackedMatrix::pack_pairs(isa, pairs, &vec![bf16::from_f32(0.3); n * k], n, k).unwrap();
+                let all = product(Rows { data: &case.a, stride: k }, m, &packed, &Epilogue::default());
+                for (row, alone) in case.a.chunks(k).zip(all.chunks(n)) {
+                    assert_eq!(product(Rows { data: row, stride: k }, 1, &packed, &Epilogue::default()), alone);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn picked_rows_equal_a_copy_of_them() {
+        let (n, k, rows) = (70, K_BLOCK + 33, 9);
+        let (a, weights, residual) = (numbers(rows * k, 1), numbers(n * k, 2), numbers(40 * n, 3));
+        let epilogue = Epilogue {
+            residual: Some(Rows::contiguous(&residual, n)),
+            bias: Some(&weights[..n]),
+            ..Epilogue::default()
+        };
+        let index: Vec<u32> = (0..40).map(|i| if i % 5 == 3 { ZEROS } else { i * 7 % rows as u32 }).collect();
+        let zeros = vec![0.0; k];
+        let row = |row: &u32| if *row == ZEROS { &zeros[..] } else { &a[*row as usize * k..][..k] };
+        let copied: Vec<f32> = index.iter().flat_map(row).copied().collect();
+        for isa in Isa::available() {
+            let halves: Vec<bf16> = weights.iter().map(|w| bf16::from_f32(*w)).collect();
+            let pairs =
+                pair_products(isa).into_iter().map(|p| PackedMatrix::pack_pairs(isa, p, &halves, n, k).unwrap());
+            let plain = PackedMatrix::pack_for(isa, Weights::F32(&weights), n, k).unwrap();
+            for (packed, m) in pairs.chain([plain]).flat_map(|packed| {
+                let packed = std::rc::Rc::new(packed);
+                [40, 1, 0].map(|m| (packed.clone(), m))
+            }) {
+                let mut out = vec![MaybeUninit::new(-1e30f32); m * n];
+                matmul_picked(Rows::contiguous(&a, k), &index[..m], &packed, &epilogue, &mut out).unwrap();
+                // SAFETY: all were initialised above.
+                let found: Vec<f32> = out.into_iter().map(|x| unsafe { x.assume_init() }).collect();
+                assert_eq!(found, product(Rows::contiguous(&copied, k), m, &packed, &epilogue), "{isa}");
+            }
+            let mut out = vec![MaybeUninit::new(0.0); n];
+            let beyond =
+                matmul_picked(Rows::contiguous(&a, k), &[rows as u32], &packed, &Epilogue::default(), &mut out);
+            assert!(beyond.unwrap_err().to_string().starts_with('A'));
         }
     }
 

@@ -13,9 +13,11 @@ pub(crate) mod math;
 pub mod matmul;
 pub(crate) mod pooling;
 pub mod quant;
+pub(crate) mod response_norm;
 pub(crate) mod rms_norm;
 pub(crate) mod rope;
 pub(crate) mod simd;
+pub(crate) mod window_attention;
 
 /// Arguments that do not fit together.
 #[derive(Debug, thiserror::Error)]

@@ -38,6 +38,9 @@ pub(crate) trait Simd: Copy + 'static {
     unsafe fn div(a: Self::F, b: Self::F) -> Self::F;
     /// a * b + c; rounded once where the set has FMA.
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// What a lane's bits hold as two bf16, multiplied in pairs and added to `sum`: the upper product first. Subnormal
+    /// numbers may count as 0.
+    unsafe fn dot_bf16(a: Self::F, b: Self::F, sum: Self::F) -> Self::F;
     /// a * b - `product`, exact where `product` is a * b rounded and nothing underflows.
     unsafe fn mul_error(a: Self::F, b: Self::F, product: Self::F) -> Self::F;
     /// The larger; `b` where either is NaN.
@@ -139,6 +142,11 @@ impl Simd for Scalar {
         fn mul(a: [f32; 4], b: [f32; 4]) -> [f32; 4] { each(|i| a[i] * b[i]) }
         fn div(a: [f32; 4], b: [f32; 4]) -> [f32; 4] { each(|i| a[i] / b[i]) }
         fn fma(a: [f32; 4], b: [f32; 4], c: [f32; 4]) -> [f32; 4] { each(|i| a[i] * b[i] + c[i]) }
+        fn dot_bf16(a: [f32; 4], b: [f32; 4], sum: [f32; 4]) -> [f32; 4] {
+            let upper = |x: f32| f32::from_bits(x.to_bits() & 0xffff_0000);
+            let lower = |x: f32| f32::from_bits(x.to_bits() << 16);
+            each(|i| lower(a[i]) * lower(b[i]) + (upper(a[i]) * upper(b[i]) + sum[i]))
+        }
         fn mul_error(a: [f32; 4], b: [f32; 4], product: [f32; 4]) -> [f32; 4] {
             each(|i| (f64::from(a[i]) * f64::from(b[i]) - f64::from(product[i])) as f32)
         }
@@ -165,7 +173,7 @@ impl Simd for Scalar {
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) use x86::{Avx2, Avx512};
+pub(crate) use x86::{Avx2, Avx512, Avx512Bf16};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
@@ -207,6 +215,11 @@ mod x86 {
             fn mul(a: __m256, b: __m256) -> __m256 { _mm256_mul_ps(a, b) }
             fn div(a: __m256, b: __m256) -> __m256 { _mm256_div_ps(a, b) }
             fn fma(a: __m256, b: __m256, c: __m256) -> __m256 { _mm256_fmadd_ps(a, b, c) }
+            fn dot_bf16(a: __m256, b: __m256, sum: __m256) -> __m256 {
+                let upper = |x| _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(-0x1_0000)));
+                let lower = |x| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_castps_si256(x)));
+                _mm256_fmadd_ps(lower(a), lower(b), _mm256_fmadd_ps(upper(a), upper(b), sum))
+            }
             fn mul_error(a: __m256, b: __m256, product: __m256) -> __m256 { _mm256_fmsub_ps(a, b, product) }
             fn max(a: __m256, b: __m256) -> __m256 { _mm256_max_ps(a, b) }
             fn min(a: __m256, b: __m256) -> __m256 { _mm256_min_ps(a, b) }
@@ -259,68 +272,102 @@ mod x86 {
     #[derive(Clone, Copy)]
     pub(crate) struct Avx512;
 
-    impl Simd for Avx512 {
-        const LANES: usize = 16;
-        const REGISTERS: usize = 32;
-        type F = __m512;
+    /// The same with AVX-512 BF16.
+    #[derive(Clone, Copy)]
+    pub(crate) struct Avx512Bf16;
 
-        call!(Avx512, "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c");
-        ops! {
-            fn splat(x: f32) -> __m512 { _mm512_set1_ps(x) }
-            fn load(p: *const f32) -> __m512 { _mm512_loadu_ps(p) }
-            fn store(p: *mut f32, x: __m512) { _mm512_storeu_ps(p, x) }
-            fn load_partial(p: *const f32, n: usize) -> __m512 { _mm512_maskz_loadu_ps(((1u32 << n) - 1) as __mmask16, p) }
-            fn store_partial(p: *mut f32, n: usize, x: __m512) { _mm512_mask_storeu_ps(p, ((1u32 << n) - 1) as __mmask16, x) }
-            fn load_bf16(p: *const u16) -> __m512 {
-                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()))))
-            }
-            fn load_f16(p: *const u16) -> __m512 { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
-            fn add(a: __m512, b: __m512) -> __m512 { _mm512_add_ps(a, b) }
-            fn sub(a: __m512, b: __m512) -> __m512 { _mm512_sub_ps(a, b) }
-            fn mul(a: __m512, b: __m512) -> __m512 { _mm512_mul_ps(a, b) }
-            fn div(a: __m512, b: __m512) -> __m512 { _mm512_div_ps(a, b) }
-            fn fma(a: __m512, b: __m512, c: __m512) -> __m512 { _mm512_fmadd_ps(a, b, c) }
-            fn mul_error(a: __m512, b: __m512, product: __m512) -> __m512 { _mm512_fmsub_ps(a, b, product) }
-            fn max(a: __m512, b: __m512) -> __m512 { _mm512_max_ps(a, b) }
-            fn min(a: __m512, b: __m512) -> __m512 { _mm512_min_ps(a, b) }
-            fn abs(a: __m512) -> __m512 { _mm512_abs_ps(a) }
-            fn copysign(a: __m512, b: __m512) -> __m512 {
-                let sign = _mm512_set1_ps(-0.0);
-                _mm512_or_ps(_mm512_andnot_ps(sign, a), _mm512_and_ps(sign, b))
-            }
-            fn round(a: __m512) -> __m512 { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
-            fn scale_pow2(a: __m512, n: __m512) -> __m512 {
-                let exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
-                _mm512_mul_ps(a, _mm512_castsi512_ps(_mm512_slli_epi32::<23>(exponent)))
-            }
-            fn ldexp(a: __m512, n: __m512) -> __m512 { _mm512_scalef_ps(a, n) }
-            fn select_lt(a: __m512, b: __m512, x: __m512, y: __m512) -> __m512 {
-                _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), y, x)
-            }
-            fn load_columns(p: *const f32, stride: usize) -> [__m512; 4] {
-                let mut rows = [_mm512_setzero_ps(); 4];
-                for (i, row) in rows.iter_mut().enumerate() {
-                    let p = p.add(i * stride);
-                    *row = _mm512_castps128_ps512(_mm_loadu_ps(p));
-                    *row = _mm512_insertf32x4::<1>(*row, _mm_loadu_ps(p.add(4 * stride)));
-                    *row = _mm512_insertf32x4::<2>(*row, _mm_loadu_ps(p.add(8 * stride)));
-                    *row = _mm512_insertf32x4::<3>(*row, _mm_loadu_ps(p.add(12 * stride)));
-                }
-                let (a, b) = (_mm512_unpacklo_ps(rows[0], rows[1]), _mm512_unpacklo_ps(rows[2], rows[3]));
-                let (c, d) = (_mm512_unpackhi_ps(rows[0], rows[1]), _mm512_unpackhi_ps(rows[2], rows[3]));
-                [
-                    _mm512_shuffle_ps::<0b01_00_01_00>(a, b),
-                    _mm512_shuffle_ps::<0b11_10_11_10>(a, b),
-                    _mm512_shuffle_ps::<0b01_00_01_00>(c, d),
-                    _mm512_shuffle_ps::<0b11_10_11_10>(c, d),
-                ]
-            }
-            fn swap_pairs(a: __m512) -> __m512 { _mm512_permute_ps::<0b10_11_00_01>(a) }
-            fn reduce_add(a: __m512) -> f32 { _mm512_reduce_add_ps(a) }
-            fn reduce_max(a: __m512) -> f32 { _mm512_reduce_max_ps(a) }
-            fn prefetch(p: *const f32) { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    #[inline(always)]
+    unsafe fn dot_by_halves(a: __m512, b: __m512, sum: __m512) -> __m512 {
+        // SAFETY: the contract of the trait.
+        unsafe {
+            let upper = |x| _mm512_and_ps(x, _mm512_castsi512_ps(_mm512_set1_epi32(-0x1_0000)));
+            let lower = |x| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_castps_si512(x)));
+            _mm512_fmadd_ps(lower(a), lower(b), _mm512_fmadd_ps(upper(a), upper(b), sum))
         }
     }
+
+    #[inline(always)]
+    unsafe fn dot_at_once(a: __m512, b: __m512, sum: __m512) -> __m512 {
+        // SAFETY: the contract of the trait; both types are 512 bits.
+        unsafe {
+            _mm512_dpbf16_ps(
+                sum,
+                std::mem::transmute::<__m512, __m512bh>(a),
+                std::mem::transmute::<__m512, __m512bh>(b),
+            )
+        }
+    }
+
+    macro_rules! avx512 {
+        ($set:ident, $features:literal, $dot:ident) => {
+            impl Simd for $set {
+                const LANES: usize = 16;
+                const REGISTERS: usize = 32;
+                type F = __m512;
+
+                call!($set, $features);
+                ops! {
+                    fn splat(x: f32) -> __m512 { _mm512_set1_ps(x) }
+                    fn load(p: *const f32) -> __m512 { _mm512_loadu_ps(p) }
+                    fn store(p: *mut f32, x: __m512) { _mm512_storeu_ps(p, x) }
+                    fn load_partial(p: *const f32, n: usize) -> __m512 { _mm512_maskz_loadu_ps(((1u32 << n) - 1) as __mmask16, p) }
+                    fn store_partial(p: *mut f32, n: usize, x: __m512) { _mm512_mask_storeu_ps(p, ((1u32 << n) - 1) as __mmask16, x) }
+                    fn load_bf16(p: *const u16) -> __m512 {
+                        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()))))
+                    }
+                    fn load_f16(p: *const u16) -> __m512 { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
+                    fn add(a: __m512, b: __m512) -> __m512 { _mm512_add_ps(a, b) }
+                    fn sub(a: __m512, b: __m512) -> __m512 { _mm512_sub_ps(a, b) }
+                    fn mul(a: __m512, b: __m512) -> __m512 { _mm512_mul_ps(a, b) }
+                    fn div(a: __m512, b: __m512) -> __m512 { _mm512_div_ps(a, b) }
+                    fn fma(a: __m512, b: __m512, c: __m512) -> __m512 { _mm512_fmadd_ps(a, b, c) }
+                    fn dot_bf16(a: __m512, b: __m512, sum: __m512) -> __m512 { $dot(a, b, sum) }
+                    fn mul_error(a: __m512, b: __m512, product: __m512) -> __m512 { _mm512_fmsub_ps(a, b, product) }
+                    fn max(a: __m512, b: __m512) -> __m512 { _mm512_max_ps(a, b) }
+                    fn min(a: __m512, b: __m512) -> __m512 { _mm512_min_ps(a, b) }
+                    fn abs(a: __m512) -> __m512 { _mm512_abs_ps(a) }
+                    fn copysign(a: __m512, b: __m512) -> __m512 {
+                        let sign = _mm512_set1_ps(-0.0);
+                        _mm512_or_ps(_mm512_andnot_ps(sign, a), _mm512_and_ps(sign, b))
+                    }
+                    fn round(a: __m512) -> __m512 { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
+                    fn scale_pow2(a: __m512, n: __m512) -> __m512 {
+                        let exponent = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+                        _mm512_mul_ps(a, _mm512_castsi512_ps(_mm512_slli_epi32::<23>(exponent)))
+                    }
+                    fn ldexp(a: __m512, n: __m512) -> __m512 { _mm512_scalef_ps(a, n) }
+                    fn select_lt(a: __m512, b: __m512, x: __m512, y: __m512) -> __m512 {
+                        _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), y, x)
+                    }
+                    fn load_columns(p: *const f32, stride: usize) -> [__m512; 4] {
+                        let mut rows = [_mm512_setzero_ps(); 4];
+                        for (i, row) in rows.iter_mut().enumerate() {
+                            let p = p.add(i * stride);
+                            *row = _mm512_castps128_ps512(_mm_loadu_ps(p));
+                            *row = _mm512_insertf32x4::<1>(*row, _mm_loadu_ps(p.add(4 * stride)));
+                            *row = _mm512_insertf32x4::<2>(*row, _mm_loadu_ps(p.add(8 * stride)));
+                            *row = _mm512_insertf32x4::<3>(*row, _mm_loadu_ps(p.add(12 * stride)));
+                        }
+                        let (a, b) = (_mm512_unpacklo_ps(rows[0], rows[1]), _mm512_unpacklo_ps(rows[2], rows[3]));
+                        let (c, d) = (_mm512_unpackhi_ps(rows[0], rows[1]), _mm512_unpackhi_ps(rows[2], rows[3]));
+                        [
+                            _mm512_shuffle_ps::<0b01_00_01_00>(a, b),
+                            _mm512_shuffle_ps::<0b11_10_11_10>(a, b),
+                            _mm512_shuffle_ps::<0b01_00_01_00>(c, d),
+                            _mm512_shuffle_ps::<0b11_10_11_10>(c, d),
+                        ]
+                    }
+                    fn swap_pairs(a: __m512) -> __m512 { _mm512_permute_ps::<0b10_11_00_01>(a) }
+                    fn reduce_add(a: __m512) -> f32 { _mm512_reduce_add_ps(a) }
+                    fn reduce_max(a: __m512) -> f32 { _mm512_reduce_max_ps(a) }
+                    fn prefetch(p: *const f32) { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+                }
+            }
+        };
+    }
+
+    avx512!(Avx512, "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c", dot_by_halves);
+    avx512!(Avx512Bf16, "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c", dot_at_once);
 }
 
 #[cfg(target_arch = "aarch64")]
@@ -366,6 +413,12 @@ mod arm {
             fn mul(a: float32x4_t, b: float32x4_t) -> float32x4_t { vmulq_f32(a, b) }
             fn div(a: float32x4_t, b: float32x4_t) -> float32x4_t { vdivq_f32(a, b) }
             fn fma(a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t { vfmaq_f32(c, a, b) }
+            fn dot_bf16(a: float32x4_t, b: float32x4_t, sum: float32x4_t) -> float32x4_t {
+                let bits = |x| vreinterpretq_u32_f32(x);
+                let upper = |x| vreinterpretq_f32_u32(vandq_u32(bits(x), vdupq_n_u32(0xffff_0000)));
+                let lower = |x| vreinterpretq_f32_u32(vshlq_n_u32::<16>(bits(x)));
+                vfmaq_f32(vfmaq_f32(sum, upper(a), upper(b)), lower(a), lower(b))
+            }
             fn mul_error(a: float32x4_t, b: float32x4_t, product: float32x4_t) -> float32x4_t {
                 vfmaq_f32(vnegq_f32(product), a, b)
             }

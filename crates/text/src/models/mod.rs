@@ -1,5 +1,11 @@
 //! One file per family, and the stock models of `candle-transformers` beside ours.
 
+pub mod bart;
 pub mod bert;
+pub mod falcon;
+pub mod gpt2;
+pub mod layer_norm_decoder;
 pub mod llama;
+pub mod mpt;
+pub mod t5;
 pub(crate) mod upstream;

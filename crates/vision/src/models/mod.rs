@@ -3,6 +3,12 @@
 use candle_core::{DType, Device};
 use serde::Deserialize;
 
+pub mod convnext;
+pub mod detr;
+pub mod dinov2;
+pub mod resnet;
+pub mod sam;
+pub mod swin;
 pub(crate) mod upstream;
 pub mod vit;
 

@@ -3,13 +3,24 @@
 
 use std::collections::BTreeMap;
 
-use candle_nn::VarBuilder;
-use candle_transformers::models::vit as stock;
+use candle_nn::{Func, Module, VarBuilder};
+use candle_transformers::models::{resnet as stock_resnet, vit as stock};
 use roofbench_core::cost::PhaseCost;
 use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Session, SessionError, Tensors};
 use roofbench_nn::activation::Activation;
 
+use super::resnet::{self, LayerType, Plan, ResNetConfig};
 use super::vit::{HeadKind, Pixels, ViTConfig, forward_cost};
+
+pub(crate) mod convnext;
+
+/// Why `candle_transformers` runs no checkpoint of `family` as it is on the Hub: its models are for those of the authors'
+/// repositories.
+pub(crate) fn other_names(family: &str) -> SessionError {
+    let reason = "candle-transformers reads the authors' own checkpoints, whose tensors and sizes are not those of \
+                  transformers; run it without --engine";
+    SessionError::UnsupportedEngine { family: family.to_owned(), reason: reason.to_owned() }
+}
 
 /// `candle_transformers::models::vit`, which classifies pictures of one square size.
 pub(crate) struct StockViT {
@@ -82,5 +93,112 @@ impl Session for StockViT {
 
     fn paths(&self) -> BTreeMap<String, String> {
         [("all".to_owned(), "candle".to_owned())].into()
+    }
+}
+
+/// `candle_transformers::models::resnet`, which classifies by the five published shapes.
+pub(crate) struct StockResNet {
+    plan: Plan,
+    kind: resnet::HeadKind,
+    model: Func<'static>,
+    spec: ModelSpec,
+}
+
+impl StockResNet {
+    /// Loads the class of `spec` from a checkpoint's root, or says why the stock model can't run it.
+    pub(crate) fn load(spec: &ModelSpec, vb: VarBuilder<'static>) -> Result<Self, SessionError> {
+        let (kind, cfg) = (resnet::HeadKind::of(spec)?, ResNetConfig::from_spec(spec)?);
+        let unsupported =
+            |reason: &str| SessionError::UnsupportedEngine { family: spec.family.clone(), reason: reason.to_owned() };
+        let resnet::HeadKind::Classifier { labels } = kind else {
+            return Err(unsupported("candle-transformers has ResNetForImageClassification alone"));
+        };
+        let build = match (cfg.layer_type, cfg.depths.as_slice()) {
+            (LayerType::Basic, [2, 2, 2, 2]) => stock_resnet::resnet18,
+            (LayerType::Basic, [3, 4, 6, 3]) => stock_resnet::resnet34,
+            (LayerType::Bottleneck, [3, 4, 6, 3]) => stock_resnet::resnet50,
+            (LayerType::Bottleneck, [3, 4, 23, 3]) => stock_resnet::resnet101,
+            (LayerType::Bottleneck, [3, 8, 36, 3]) => stock_resnet::resnet152,
+            _ => return Err(unsupported("candle-transformers has ResNet-18, 34, 50, 101 and 152 alone")),
+        };
+        let published = ResNetConfig {
+            hidden_sizes: match cfg.layer_type {
+                LayerType::Basic => vec![64, 128, 256, 512],
+                LayerType::Bottleneck => vec![256, 512, 1024, 2048],
+            },
+            layer_type: cfg.layer_type,
+            depths: cfg.depths.clone(),
+            ..ResNetConfig::default()
+        };
+        if cfg != published {
+            return Err(unsupported("candle-transformers has the published widths, strides and ReLU alone"));
+        }
+        let model = build(labels, vb.rename_f(library_name))?;
+        Ok(Self { plan: cfg.plan(), kind, model, spec: spec.clone() })
+    }
+}
+
+/// From a tensor's name in torchvision, which the stock model has, to that in `transformers`.
+fn library_name(name: &str) -> String {
+    let mut parts = name.split('.');
+    let mut path = Vec::new();
+    let number = |part: &str, prefix: &str| part.strip_prefix(prefix)?.parse::<usize>().ok()?.checked_sub(1);
+    let mut in_block = false;
+    while let Some(part) = parts.next() {
+        if let Some(stage) = number(part, "layer") {
+            path.push(format!("resnet.encoder.stages.{stage}.layers"));
+            path.extend(parts.next().map(str::to_owned));
+            in_block = true;
+        } else if let Some(i) = number(part, "conv") {
+            path.push(if in_block { format!("layer.{i}") } else { "resnet.embedder.embedder".to_owned() });
+            path.push("convolution".to_owned());
+        } else if let Some(i) = number(part, "bn") {
+            path.push(if in_block { format!("layer.{i}") } else { "resnet.embedder.embedder".to_owned() });
+            path.push("normalization".to_owned());
+        } else if part == "downsample" {
+            path.push("shortcut".to_owned());
+            path.push(if parts.next() == Some("0") { "convolution".to_owned() } else { "normalization".to_owned() });
+        } else {
+            path.push(if part == "fc" { "classifier.1".to_owned() } else { part.to_owned() });
+        }
+    }
+    path.join(".")
+}
+
+impl Session for StockResNet {
+    fn call(&mut self, call: &Call, observer: &mut dyn Observer) -> Result<Tensors, SessionError> {
+        let pixel_values = resnet::pixel_values(&self.plan, call)?;
+        let pixel_values = pixel_values.to_device(&self.spec.device)?.to_dtype(self.spec.dtype)?;
+        let logits = self.model.forward(&pixel_values)?; // (batch, labels)
+        observer.end(Phase::Forward);
+        Ok(Tensors::from([("logits".into(), logits)]))
+    }
+
+    fn cost(&self, call: &Call) -> Result<Vec<PhaseCost>, SessionError> {
+        resnet::forward_cost(&self.plan, self.kind, resnet::pixel_values(&self.plan, call)?, self.spec.dtype)
+    }
+
+    fn paths(&self) -> BTreeMap<String, String> {
+        [("all".to_owned(), "candle".to_owned())].into()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::library_name;
+
+    #[test]
+    fn names_of_torchvision_become_those_of_transformers() {
+        for (stock, ours) in [
+            ("conv1.weight", "resnet.embedder.embedder.convolution.weight"),
+            ("bn1.running_var", "resnet.embedder.embedder.normalization.running_var"),
+            ("layer1.2.conv3.weight", "resnet.encoder.stages.0.layers.2.layer.2.convolution.weight"),
+            ("layer4.0.bn1.bias", "resnet.encoder.stages.3.layers.0.layer.0.normalization.bias"),
+            ("layer2.0.downsample.0.weight", "resnet.encoder.stages.1.layers.0.shortcut.convolution.weight"),
+            ("layer2.0.downsample.1.weight", "resnet.encoder.stages.1.layers.0.shortcut.normalization.weight"),
+            ("fc.bias", "classifier.1.bias"),
+        ] {
+            assert_eq!(library_name(stock), ours);
+        }
     }
 }
