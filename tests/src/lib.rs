@@ -11,15 +11,10 @@ use serde_json::Value;
 
 /// The families of all modality crates.
 pub fn families() -> impl Iterator<Item = &'static str> {
-    [
-        roofbench_text::FAMILIES,
-        roofbench_vision::FAMILIES,
-        roofbench_speech::FAMILIES,
-        roofbench_multimodal::FAMILIES,
-    ]
-    .into_iter()
-    .flatten()
-    .copied()
+    [roofbench_text::FAMILIES, roofbench_vision::FAMILIES, roofbench_speech::FAMILIES, roofbench_multimodal::FAMILIES]
+        .into_iter()
+        .flatten()
+        .copied()
 }
 
 /// The `transformers` classes of `family` that run.

@@ -243,7 +243,10 @@ fn families(arguments: &Arguments) -> anyhow::Result<Vec<&'static Family>> {
     }
     if arguments.families.is_empty() {
         let families: Vec<_> = catalog::families().iter().filter(|family| models::runs(&family.name)).collect();
-        ensure!(!families.is_empty(), "this build runs no family; build it with --features text,vision,speech,multimodal");
+        ensure!(
+            !families.is_empty(),
+            "this build runs no family; build it with --features text,vision,speech,multimodal"
+        );
         return Ok(families);
     }
     let mut families: Vec<&'static Family> = Vec::new();

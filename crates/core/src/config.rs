@@ -71,6 +71,31 @@ pub fn refuse_unless(spec: &ModelSpec, field: &str, supported: &[Value]) -> Resu
     }
 }
 
+/// The same with `defaults` for fields that config.json leaves out: of a class that reads the fields of another's
+/// configuration, and has other values for absent ones. A field that is null is there.
+///
+/// ```
+/// use roofbench_core::config::with_defaults;
+/// # use roofbench_core::session::{Engine, ModelSpec};
+/// # let spec = ModelSpec {
+/// #     family: "mistral".into(), class: "MistralForCausalLM".into(), config: serde_json::json!({"head_dim": null}),
+/// #     extra_configs: Default::default(), dtype: candle_core::DType::F32, device: candle_core::Device::Cpu,
+/// #     engine: Engine::Roofbench,
+/// # };
+/// // config.json has `"head_dim": null`
+/// let spec = with_defaults(&spec, &[("head_dim", 128.into()), ("num_key_value_heads", 8.into())]);
+/// assert_eq!(spec.config, serde_json::json!({"head_dim": null, "num_key_value_heads": 8}));
+/// ```
+pub fn with_defaults(spec: &ModelSpec, defaults: &[(&str, Value)]) -> ModelSpec {
+    let mut spec = spec.clone();
+    if let Some(fields) = spec.config.as_object_mut() {
+        for (field, value) in defaults {
+            fields.entry(*field).or_insert_with(|| value.clone());
+        }
+    }
+    spec
+}
+
 /// The refusal of `value` in `field`.
 pub fn unsupported(spec: &ModelSpec, field: &str, value: &Value, supported: &[Value]) -> SessionError {
     let plain = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);

@@ -364,7 +364,7 @@ impl Attention {
         let scores = match mask.and_then(|mask| Some((mask.bias.as_ref()?, mask.which.as_deref()))) {
             Some((bias, None)) => scores.broadcast_add(&bias.to_dtype(DType::F32)?)?,
             Some((bias, Some(which))) => {
-                let bias = bias.index_select(&Tensor::new(which, bias.device())?, 0)?;
+                let bias = bias.contiguous()?.index_select(&Tensor::new(which, bias.device())?, 0)?;
                 scores.broadcast_add(&bias.to_dtype(DType::F32)?)?
             }
             None => scores,

@@ -161,6 +161,29 @@ impl Decoding {
         }
     }
 
+    /// The rows of the current pass in a table of learned positions that holds position 0 in row `offset`, which is at
+    /// least 1: (1 or batch, seq) of u32. Other than in [`position_ids`](Self::position_ids) positions count the tokens
+    /// that exist in a pass of [`once`](Self::once) too, and one that does not exist has the row before `offset` there,
+    /// as OPT has it.
+    ///
+    /// # Errors
+    /// Candle's, when memory on the device cannot be had.
+    pub fn counted_position_rows(&self, offset: u32) -> Result<Tensor> {
+        let rows: Vec<u32> = match (&self.positions, &self.exists) {
+            (Some(positions), _) => positions.iter().map(|position| offset + position).collect(),
+            (None, Some(exists)) => {
+                let row = |count: &mut u32, exists: &u32| {
+                    *count += exists;
+                    Some(offset + *count * exists - 1)
+                };
+                exists.iter().flat_map(|exists| exists.iter().scan(0, row)).collect()
+            }
+            (None, None) => (self.past..self.past + self.seq).map(|position| offset + position as u32).collect(),
+        };
+        let items = rows.len() / self.seq;
+        Tensor::from_vec(rows, (items, self.seq), &self.device)
+    }
+
     /// The bias of `alibi` on all keys of the current pass, for [`attend`](Self::attend): (1 or batch, heads, 1, keys).
     ///
     /// # Errors
@@ -300,7 +323,11 @@ mod tests {
         assert_eq!(once.position_ids()?.to_vec2::<u32>()?, [[0, 1, 2]]);
         let given = once.with_positions(&Tensor::new(&[[4u32, 5, 6]], cpu)?)?;
         assert_eq!(given.position_ids()?.to_vec2::<u32>()?, [[4, 5, 6]]);
+        assert_eq!(given.counted_position_rows(2)?.to_vec2::<u32>()?, [[6, 7, 8]]);
         assert!(given.with_positions(&Tensor::new(&[[4u32, 5]], cpu)?).is_err());
+        let gaps = Decoding::once(1, 4, Some(&Tensor::new(&[[0u32, 1, 0, 1]], cpu)?), cpu)?;
+        assert_eq!(gaps.counted_position_rows(2)?.to_vec2::<u32>()?, [[1, 2, 1, 3]]);
+        assert_eq!(Decoding::once(2, 3, None, cpu)?.counted_position_rows(2)?.to_vec2::<u32>()?, [[2, 3, 4]]);
         let mut other = Decoding::cached(1, shape, None, DType::F32, cpu)?.with_attention_mask(&mask)?;
         assert!(other.advance(2).is_err());
         Ok(())

@@ -70,6 +70,12 @@ pub trait CausalLm {
     /// Its sizes.
     fn shape(&self) -> DecoderShape;
 
+    /// The length past which generation throws its cache away and runs the whole sequence again, because the positions
+    /// of all tokens are others there.
+    fn starts_over(&self) -> Option<usize> {
+        None
+    }
+
     /// The embeddings of tokens, without positions.
     ///
     /// # Shapes
@@ -109,28 +115,23 @@ pub(crate) struct CausalSession<M> {
 }
 
 /// The tokens of a call.
-struct Prompt {
+pub(crate) struct Prompt {
     /// (batch, seq), i64.
-    input_ids: Tensor,
+    pub(crate) input_ids: Tensor,
     /// (batch, seq) of 0 and 1.
-    attention_mask: Option<Tensor>,
+    pub(crate) attention_mask: Option<Tensor>,
     /// (batch, seq), where the call has its own.
-    position_ids: Option<Tensor>,
+    pub(crate) position_ids: Option<Tensor>,
 }
 
-impl<M: CausalLm> CausalSession<M> {
-    pub(crate) fn new(model: M, spec: &ModelSpec) -> Self {
-        let paths = isa::paths(&spec.device, spec.dtype);
-        Self { model, spec: spec.clone(), paths }
-    }
-
-    fn read(&self, call: &Call) -> Result<Prompt, SessionError> {
+impl Prompt {
+    /// Reads and checks the tensors of `call` to a decoder of `shape`.
+    pub(crate) fn read(call: &Call, shape: DecoderShape) -> Result<Self, SessionError> {
         let inputs = match call.method.as_str() {
             "forward" => Inputs::forward(call, &["input_ids", "attention_mask", "position_ids"], &["use_cache"])?,
             "generate" => Inputs::of_any_method(call, &["input_ids", "attention_mask"])?,
             _ => return Err(unsupported_method(call, "forward, generate")),
         };
-        let shape = self.model.shape();
         let input_ids = inputs.matrix("input_ids")?;
         in_range("input_ids", &input_ids, "vocab_size", shape.vocab_size)?;
         let attention_mask = inputs.matrix_like("attention_mask", &input_ids)?;
@@ -141,7 +142,18 @@ impl<M: CausalLm> CausalSession<M> {
         if let Some(ids) = &position_ids {
             in_range("position_ids", ids, "max_position_embeddings", shape.max_positions.unwrap_or(1 << 24))?;
         }
-        Ok(Prompt { input_ids, attention_mask, position_ids })
+        Ok(Self { input_ids, attention_mask, position_ids })
+    }
+}
+
+impl<M: CausalLm> CausalSession<M> {
+    pub(crate) fn new(model: M, spec: &ModelSpec) -> Self {
+        let paths = isa::paths(&spec.device, spec.dtype);
+        Self { model, spec: spec.clone(), paths }
+    }
+
+    fn read(&self, call: &Call) -> Result<Prompt, SessionError> {
+        Prompt::read(call, self.model.shape())
     }
 
     fn forward(&self, prompt: &Prompt) -> Result<Tensors, SessionError> {
@@ -161,27 +173,33 @@ impl<M: CausalLm> CausalSession<M> {
         let generation = Generation::read(&self.spec, call, seq, &[])?;
         self.model.shape().check_length("max_new_tokens", generation.positions(seq))?;
         let ids = prompt.input_ids.to_vec2::<i64>()?;
-        let (placed, mask) = at_the_end(&ids, prompt.attention_mask.as_ref())?;
-        let device = &self.spec.device;
-        let embed = |ids: &[Vec<i64>]| {
-            let ids = Tensor::from_vec(ids.concat(), (ids.len(), ids[0].len()), device)?;
-            self.model.embed(&ids)
-        };
-        let mut decoding = self.decoding(batch, generation.positions(seq))?;
-        if let Some(mask) = mask {
-            decoding = decoding.with_attention_mask(&mask)?;
-        }
+        let (mut rows, mask) = at_the_end(&ids, prompt.attention_mask.as_ref())?;
+        let mut decoding = self.decoding(batch, generation.positions(seq), mask.as_ref())?;
+        let mut past = 0;
         generation.run(&ids, observer, |tokens| {
-            let x = match tokens {
-                None => embed(&placed)?,
-                Some(tokens) => embed(&tokens.iter().map(|token| vec![*token]).collect::<Vec<_>>())?,
-            };
-            Ok(next_logits(&self.model, x, &mut decoding)?)
+            for (row, token) in rows.iter_mut().zip(tokens.unwrap_or_default()) {
+                row.push(*token);
+            }
+            if past > 0 && self.model.starts_over() == Some(past) {
+                // the last place of a prompt exists, and so does what follows it
+                let mask = mask.as_ref().map(|mask| mask.pad_with_same(1, 0, past + 1 - seq)).transpose()?;
+                decoding = self.decoding(batch, generation.positions(seq), mask.as_ref())?;
+                past = 0;
+            }
+            let fed: Vec<i64> = rows.iter().flat_map(|row| &row[past..]).copied().collect();
+            let ids = Tensor::from_vec(fed, (batch, rows[0].len() - past), &self.spec.device)?;
+            past = rows[0].len();
+            Ok(next_logits(&self.model, self.model.embed(&ids)?, &mut decoding)?)
         })
     }
 
-    fn decoding(&self, batch: usize, positions: usize) -> Result<Decoding> {
-        decoding(&self.model, batch, positions, &self.spec)
+    /// Room for `positions` positions behind a prompt of which `mask` says what exists.
+    fn decoding(&self, batch: usize, positions: usize, mask: Option<&Tensor>) -> Result<Decoding> {
+        let decoding = decoding(&self.model, batch, positions, &self.spec)?;
+        match mask {
+            Some(mask) => decoding.with_attention_mask(mask),
+            None => Ok(decoding),
+        }
     }
 }
 
@@ -249,14 +267,23 @@ impl<M: CausalLm> Session for CausalSession<M> {
 }
 
 /// Prefill of (batch, seq) rows and the decoding of `new_tokens` tokens, the first of which the prefill gives.
-pub fn generate_cost(model: &impl CausalLm, shape: [u64; 2], new_tokens: u64) -> Vec<PhaseCost> {
-    generate_cost_by(|pass| model.cost(pass), shape, new_tokens)
+pub fn generate_cost(model: &impl CausalLm, [batch, seq]: [u64; 2], new_tokens: u64) -> Vec<PhaseCost> {
+    let starts_over = model.starts_over().map(|length| length as u64);
+    phase_costs(|pass| model.cost(pass), starts_over, [batch, seq], new_tokens)
 }
 
-/// The same of a decoder whose passes cost what `cost` says.
-pub(crate) fn generate_cost_by(cost: impl Fn(Pass) -> Cost, [batch, seq]: [u64; 2], new_tokens: u64) -> Vec<PhaseCost> {
+/// [`generate_cost`] of a decoder whose passes cost what `cost` says.
+pub(crate) fn phase_costs(
+    cost: impl Fn(Pass) -> Cost,
+    starts_over: Option<u64>,
+    [batch, seq]: [u64; 2],
+    new_tokens: u64,
+) -> Vec<PhaseCost> {
     let prefill = cost(Pass { batch, seq, cached: 0, logits: 1 });
-    let step = |made| cost(Pass { batch, seq: 1, cached: seq + made - 1, logits: 1 });
+    let step = |made| match seq + made - 1 {
+        past if starts_over == Some(past) => cost(Pass { batch, seq: past + 1, cached: 0, logits: 1 }),
+        past => cost(Pass { batch, seq: 1, cached: past, logits: 1 }),
+    };
     phases(prefill, (1..new_tokens).map(step).sum(), new_tokens)
 }
 

@@ -52,11 +52,11 @@ pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, Weight
 pub use serde_json;
 
 use causal::{CausalLm, CausalSession};
-use models::{bart, bert, falcon, gpt2, llama, mpt, t5, upstream};
+use models::{bart, bert, falcon, gpt2, llama, mistral, mpt, phi, phi3, t5, upstream};
 use seq2seq::{Seq2SeqLm, Seq2SeqSession};
 
 /// The families that run.
-pub const FAMILIES: &[&str] = &["bert", "gpt2", "t5", "bart", "llama", "falcon", "mpt"];
+pub const FAMILIES: &[&str] = &["bert", "gpt2", "t5", "bart", "llama", "mistral", "falcon", "mpt", "phi"];
 
 /// The `transformers` classes of `family` that run; none for a family that is not one of [`FAMILIES`].
 pub fn classes(family: &str) -> &'static [&'static str] {
@@ -68,6 +68,8 @@ pub fn classes(family: &str) -> &'static [&'static str] {
         "falcon" => falcon::CLASSES,
         "mpt" => mpt::CLASSES,
         "t5" => t5::CLASSES,
+        "mistral" => mistral::CLASSES,
+        "phi" => phi::CLASSES,
         _ => &[],
     }
 }
@@ -82,6 +84,8 @@ pub fn aliases(spec: &ModelSpec) -> &'static [AliasRule] {
         "falcon" => falcon::aliases(spec),
         "mpt" => mpt::aliases(spec),
         "t5" => t5::aliases(spec),
+        "mistral" => mistral::ALIASES,
+        "phi" => phi::ALIASES,
         _ => &[],
     }
 }
@@ -114,6 +118,10 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
         }
         ("t5", Engine::Roofbench) => seq2seq(t5::T5Model::load(spec, vb)?, spec),
         ("t5", Engine::CandleTransformers) => Ok(Box::new(upstream::T5::load(spec, vb)?)),
+        ("mistral", Engine::Roofbench) => causal(mistral::load(spec, vb)?, spec),
+        ("phi", Engine::Roofbench) if spec.class == "Phi3ForCausalLM" => causal(phi3::load(spec, vb)?, spec),
+        ("phi", Engine::Roofbench) => causal(phi::PhiModel::load(spec, vb)?, spec),
+        ("llama" | "mistral" | "phi", Engine::CandleTransformers) => Ok(Box::new(upstream::Decoder::load(spec, vb)?)),
         (family, Engine::CandleTransformers) if FAMILIES.contains(&family) => Err(SessionError::UnsupportedEngine {
             family: family.to_string(),
             reason: "candle-transformers is not wrapped for it; use --engine roofbench".to_owned(),

@@ -1,5 +1,5 @@
-//! Falcon decoder: attention and feed-forward in parallel or one after the other, keys and values of one head, of some or
-//! of all, rotary positions or ALiBi.
+//! Falcon decoder: attention and feed-forward in parallel or one after the other, keys and values of one head, of
+//! some or of all, rotary positions or ALiBi.
 //! Source: The Falcon Series of Open Language Models (arXiv:2311.16867). Mirrors `transformers.FalconForCausalLM`.
 
 use candle_core::Tensor;

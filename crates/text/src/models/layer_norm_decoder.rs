@@ -1,5 +1,6 @@
-//! Decoders with layer norms, one product for query, key and value, and a plain feed-forward half: the wiring that GPT-2,
-//! Falcon and MPT have in common. Their own files hold the config and the names, and say which norm and which positions.
+//! Decoders with layer norms, one product for query, key and value, and a plain feed-forward half: the wiring that
+//! GPT-2, Falcon and MPT have in common. Their own files hold the config and the names, and say which norm and which
+//! positions.
 
 use candle_core::Tensor;
 use candle_nn::VarBuilder;
@@ -181,8 +182,8 @@ pub(crate) fn vocabulary(
     }
 }
 
-/// `rules`, the last of which is for an output matrix that is the embeddings', where `spec` ties them (as its class does
-/// where config.json says nothing).
+/// `rules`, the last of which is for an output matrix that is the embeddings', where `spec` ties them (as its class
+/// does where config.json says nothing).
 pub(crate) fn aliases(spec: &ModelSpec, rules: &'static [AliasRule]) -> &'static [AliasRule] {
     let untied = spec.config.get("tie_word_embeddings") == Some(&Value::Bool(false));
     &rules[..rules.len() - usize::from(untied)]

@@ -16,6 +16,7 @@ use roofbench_nn::mlp::GatedMlp;
 use roofbench_nn::norm::RmsNorm;
 use roofbench_nn::rope::{Rope, RopeConfig, RopeTable, Style};
 use serde::Deserialize;
+use serde_json::Value;
 
 use crate::causal::{CausalLm, DecoderShape, Pass};
 
@@ -72,6 +73,16 @@ pub struct LlamaConfig {
     /// Query, key and value are one tensor, and so are gate and up; no field of Llama's.
     #[serde(skip)]
     pub fused: bool,
+    /// The length past which the rotary positions of a whole sequence are others, so that generation runs it again
+    /// there; no field of Llama's.
+    #[serde(skip)]
+    pub starts_over: Option<usize>,
+}
+
+/// A field that classes beside Llama's have.
+#[derive(Deserialize)]
+struct Window {
+    sliding_window: Option<usize>,
 }
 
 /// What `transformers.LlamaConfig` takes for fields that older files leave out.
@@ -122,6 +133,21 @@ impl LlamaConfig {
     /// Width of a head.
     pub fn head_dim(&self) -> usize {
         self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads)
+    }
+
+    /// Sets the window of a class that has one from its field `sliding_window`.
+    ///
+    /// # Errors
+    /// When it is 0, or `layer_types` asks for something else in some of the layers.
+    pub(crate) fn with_window(mut self, spec: &ModelSpec) -> Result<Self, SessionError> {
+        self.window = spec.parse_config::<Window>()?.sliding_window;
+        config::sizes(&[("sliding_window", self.window.unwrap_or(1))])?;
+        let supported = Value::from(if self.window.is_some() { "sliding_attention" } else { "full_attention" });
+        let layers = spec.config.get("layer_types").and_then(Value::as_array);
+        match layers.and_then(|layers| layers.iter().find(|layer| **layer != supported)) {
+            Some(other) => Err(config::unsupported(spec, "layer_types", other, &[supported])),
+            None => Ok(self),
+        }
     }
 
     fn rope(&self) -> Result<Rope, SessionError> {
@@ -241,6 +267,10 @@ impl CausalLm for LlamaModel {
         }
     }
 
+    fn starts_over(&self) -> Option<usize> {
+        self.cfg.starts_over
+    }
+
     fn embed(&self, input_ids: &Tensor) -> Result<Tensor> {
         self.embed_tokens.forward(input_ids)
     }
@@ -308,7 +338,7 @@ pub(crate) fn forward_cost(cfg: &LlamaConfig, pass: Pass, bytes: u64) -> Cost {
 mod tests {
     use candle_core::{DType, Device};
     use roofbench_core::session::Engine;
-    use serde_json::{Value, json};
+    use serde_json::json;
 
     use super::*;
 

@@ -34,8 +34,8 @@ pub fn aliases(spec: &ModelSpec) -> &'static [AliasRule] {
 
 /// The part of `config.json` that shapes the computation; field names are the file's own.
 ///
-/// As in the class, `expansion_ratio`, `no_bias`, `alibi_bias_max`, `logit_scale` and `learned_pos_emb` change nothing. A
-/// checkpoint with biases or another width has tensors that the model does not ask for or finds misshapen.
+/// As in the class, `expansion_ratio`, `no_bias`, `alibi_bias_max`, `logit_scale` and `learned_pos_emb` change
+/// nothing. A checkpoint with biases or another width has tensors that the model does not ask for or finds misshapen.
 #[derive(Debug, Clone, Deserialize)]
 pub struct MptConfig {
     /// Distinct tokens.

@@ -2,9 +2,11 @@
 //! gets today.
 
 mod bert;
+mod decoder;
 mod falcon;
 mod t5;
 
 pub(crate) use bert::Bert;
+pub(crate) use decoder::Decoder;
 pub(crate) use falcon::Falcon;
 pub(crate) use t5::T5;

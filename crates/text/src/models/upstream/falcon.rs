@@ -12,12 +12,12 @@ use roofbench_core::session::{Call, ModelSpec, Observer, Session, SessionError, 
 use roofbench_nn::activation::Activation;
 use roofbench_nn::rope::RopeConfig;
 
-use crate::causal::generate_cost_by;
+use crate::causal::phase_costs;
 use crate::models::falcon::FalconConfig;
 use crate::models::layer_norm_decoder::{self, Sizes};
 
-/// `FalconForCausalLM` of one head of keys and values with rotary positions, as Falcon-7B, on one sequence. It keeps keys
-/// and values, gives the logits of the last position alone, and takes GELU's approximation by tanh for GELU.
+/// `FalconForCausalLM` of one head of keys and values with rotary positions, as Falcon-7B, on one sequence. It keeps
+/// keys and values, gives the logits of the last position alone, and takes GELU's approximation by tanh for GELU.
 pub(crate) struct Falcon {
     model: falcon::Falcon,
     sizes: Sizes,
@@ -110,7 +110,7 @@ impl Session for Falcon {
         let (prompt, generation) = self.read(call)?;
         let bytes = self.spec.dtype.size_in_bytes() as u64;
         let cost = |pass| layer_norm_decoder::forward_cost(&self.sizes, pass, bytes);
-        Ok(generate_cost_by(cost, [1, prompt[0].len() as u64], generation.max_new_tokens as u64))
+        Ok(phase_costs(cost, None, [1, prompt[0].len() as u64], generation.max_new_tokens as u64))
     }
 
     fn paths(&self) -> BTreeMap<String, String> {
