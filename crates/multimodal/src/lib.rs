@@ -19,14 +19,18 @@ pub use roofbench_core::session::{
 pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, WeightsError};
 pub use serde_json;
 
+use models::{blip, clip, upstream};
 use roofbench_core::config;
+use roofbench_vision::preprocess::ImageProcessor;
 
 /// The families of the catalog that this crate runs.
-pub const FAMILIES: &[&str] = &[];
+pub const FAMILIES: &[&str] = &["clip", "blip"];
 
 /// The `transformers` classes of `family` that run; none for a family that is not one of [`FAMILIES`].
 pub fn classes(family: &str) -> &'static [&'static str] {
     match family {
+        "clip" => clip::CLASSES,
+        "blip" => blip::CLASSES,
         _ => &[],
     }
 }
@@ -34,6 +38,8 @@ pub fn classes(family: &str) -> &'static [&'static str] {
 /// How published checkpoints of `spec` name the tensors that [`load`] asks for, for [`Weights::open`].
 pub fn aliases(spec: &ModelSpec) -> &'static [AliasRule] {
     match spec.family.as_str() {
+        "clip" => clip::ALIASES,
+        "blip" => blip::ALIASES,
         _ => &[],
     }
 }
@@ -48,6 +54,10 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
         return Err(config::unsupported_class(spec, classes(&spec.family)));
     }
     match (spec.family.as_str(), spec.engine) {
+        ("clip", Engine::Roofbench) => clip::load(spec, vb),
+        ("clip", Engine::CandleTransformers) => Ok(Box::new(upstream::StockClip::load(spec, vb)?)),
+        ("blip", Engine::Roofbench) => blip::load(spec, vb),
+        ("blip", Engine::CandleTransformers) => Ok(Box::new(upstream::StockBlip::load(spec, vb)?)),
         (family, Engine::CandleTransformers) if FAMILIES.contains(&family) => Err(SessionError::UnsupportedEngine {
             family: family.to_owned(),
             reason: "candle-transformers is not wrapped for it; use --engine roofbench".to_owned(),
@@ -57,13 +67,18 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
 }
 
 /// The processor of a family; `configs` are the `*config.json` files of its repository by name, of which
-/// `preprocessor_config.json` is read.
+/// `preprocessor_config.json` is read, or else `image_processor` of `processor_config.json`.
 ///
 /// # Errors
 /// Names the family, or the field of `preprocessor_config.json` at fault.
 pub fn processor(family: &str, configs: &BTreeMap<String, Value>) -> Result<Box<dyn Processor>, SessionError> {
-    let _ = configs;
-    Err(unknown_family(family))
+    match family {
+        "clip" | "blip" => {
+            let config = roofbench_vision::preprocessor_config(configs)?;
+            Ok(Box::new(ImageProcessor::from_config(config, family)?))
+        }
+        _ => Err(unknown_family(family)),
+    }
 }
 
 fn unknown_family(family: &str) -> SessionError {
