@@ -230,6 +230,25 @@ pub struct FirstRows {
 }
 
 impl FirstRows {
+    /// From the layer of the queries and the one that gives key and value side by side, for the first `rows` rows of
+    /// each item.
+    ///
+    /// # Errors
+    /// When a width is not that of the heads, or the pattern hides keys.
+    pub fn new(q: Linear, kv: Linear, attention: Attention, rows: usize) -> Result<Self> {
+        if attention.pattern != Pattern::Full {
+            bail!("FirstRows: queries that are not the last see all keys, or none can be said to; {attention:?}")
+        }
+        let widths = [attention.heads, 2 * attention.kv_heads].map(|heads| heads * attention.head_dim);
+        if [q.out_dim(), kv.out_dim()] != widths {
+            bail!(
+                "FirstRows: query, and key and value, give {:?}, the heads take {widths:?}",
+                [q.out_dim(), kv.out_dim()]
+            )
+        }
+        Ok(Self { q, kv, attention, rows })
+    }
+
     /// As [`SelfAttention::load`], for the first `rows` rows of each item.
     ///
     /// # Errors
@@ -242,13 +261,10 @@ impl FirstRows {
         vb: VarBuilder<'_>,
         rows: usize,
     ) -> Result<Self> {
-        if attention.pattern != Pattern::Full {
-            bail!("FirstRows: queries that are not the last see all keys, or none can be said to; {attention:?}")
-        }
         let [queries, keys] = [attention.heads, attention.kv_heads].map(|heads| heads * attention.head_dim);
         let q = Linear::load(dim, queries, bias, vb.pp(names[0]))?;
         let kv = Linear::load_fused(dim, &[(names[1], keys), (names[2], keys)], bias, vb)?;
-        Ok(Self { q, kv, attention, rows })
+        Self::new(q, kv, attention, rows)
     }
 
     /// # Shapes

@@ -224,7 +224,10 @@ pub fn next_logits(model: &impl CausalLm, x: Tensor, decoding: &mut Decoding) ->
 
 /// The sequences with their padding before them, and the mask that says so, where there is any: what follows the last
 /// token of a sequence has to be behind it.
-fn at_the_end(ids: &[Vec<i64>], mask: Option<&Tensor>) -> Result<(Vec<Vec<i64>>, Option<Tensor>), SessionError> {
+pub(crate) fn at_the_end(
+    ids: &[Vec<i64>],
+    mask: Option<&Tensor>,
+) -> Result<(Vec<Vec<i64>>, Option<Tensor>), SessionError> {
     let Some(mask) = mask else { return Ok((ids.to_vec(), None)) };
     let mut rows = mask.to_vec2::<i64>()?;
     let mut placed = ids.to_vec();

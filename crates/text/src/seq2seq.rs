@@ -15,7 +15,7 @@ use roofbench_nn::cross_attention::Encoded;
 use roofbench_nn::decoding::Decoding;
 use roofbench_nn::kernels::isa;
 
-use crate::causal::{DecoderShape, Pass, phases};
+use crate::causal::{DecoderShape, Pass, at_the_end, phases};
 
 /// A decoder that attends to the states of an encoder, whichever that is, with its output layer.
 pub trait CrossDecoder {
@@ -111,15 +111,36 @@ pub fn generate(
     spec: &ModelSpec,
     generation: &Generation,
     prompt: &[Vec<i64>],
+    encoded: Encoded,
+    observer: &mut dyn Observer,
+) -> Result<Tensors, SessionError> {
+    generate_masked(decoder, spec, generation, prompt, None, encoded, observer)
+}
+
+/// The same behind a prompt of which `attention_mask` (batch, seq) of 0 and 1 says which tokens exist; padding may stand
+/// on either side.
+///
+/// # Errors
+/// As for [`generate`], and when no token of a sequence exists.
+pub fn generate_masked(
+    decoder: &impl CrossDecoder,
+    spec: &ModelSpec,
+    generation: &Generation,
+    prompt: &[Vec<i64>],
+    attention_mask: Option<&Tensor>,
     mut encoded: Encoded,
     observer: &mut dyn Observer,
 ) -> Result<Tensors, SessionError> {
     let (batch, shape) = (prompt.len(), decoder.shape());
     let positions = generation.positions(prompt.first().map_or(0, Vec::len));
     shape.check_length("max_new_tokens", positions)?;
+    let (placed, mask) = at_the_end(prompt, attention_mask)?;
     let mut decoding = shape.decoding(batch, positions, spec)?;
+    if let Some(mask) = mask {
+        decoding = decoding.with_attention_mask(&mask)?;
+    }
     generation.run(prompt, observer, |tokens| {
-        let ids = tokens.map_or_else(|| prompt.concat(), <[i64]>::to_vec);
+        let ids = tokens.map_or_else(|| placed.concat(), <[i64]>::to_vec);
         let seq = ids.len() / batch;
         decoding.advance(seq)?;
         let x = decoder.embed(&Tensor::from_vec(ids, (batch, seq), &spec.device)?)?;

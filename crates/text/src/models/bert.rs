@@ -13,14 +13,15 @@ use roofbench_core::inputs::{Inputs, in_range, zero_or_one};
 use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Result, Session, SessionError, Tensors};
 use roofbench_core::weights::{AliasRule, AliasScope};
 use roofbench_nn::activation::Activation;
-use roofbench_nn::attention::{Attention, Mask, Pattern, SelfAttention};
+use roofbench_nn::attention::{Mask, Pattern};
 use roofbench_nn::embedding::Embedding;
 use roofbench_nn::kernels::isa;
 use roofbench_nn::linear::Linear;
-use roofbench_nn::mlp::Mlp;
 use roofbench_nn::norm::LayerNorm;
 use serde::Deserialize;
 use serde_json::{Value, json};
+
+use super::bert_layer::{BertLayerConfig, FeedForwardHalf, SelfAttentionHalf};
 
 /// The classes that run.
 pub const CLASSES: &[&str] = &["BertModel", "BertForMaskedLM", "BertForSequenceClassification"];
@@ -126,6 +127,16 @@ impl BertConfig {
     fn layer_norm(&self, vb: VarBuilder) -> Result<LayerNorm> {
         LayerNorm::load(self.hidden_size, self.layer_norm_eps, vb.pp("LayerNorm"))
     }
+
+    fn layer(&self) -> BertLayerConfig {
+        BertLayerConfig {
+            hidden_size: self.hidden_size,
+            num_attention_heads: self.num_attention_heads,
+            intermediate_size: self.intermediate_size,
+            hidden_act: self.hidden_act,
+            layer_norm_eps: self.layer_norm_eps,
+        }
+    }
 }
 
 struct Embeddings {
@@ -157,34 +168,21 @@ impl Embeddings {
 }
 
 struct Layer {
-    self_attention: SelfAttention,
-    attention_output: Linear,
-    attention_norm: LayerNorm,
-    mlp: Mlp,
-    output_norm: LayerNorm,
+    attention: SelfAttentionHalf,
+    feed_forward: FeedForwardHalf,
 }
 
 impl Layer {
-    fn load(cfg: &BertConfig, vb: VarBuilder) -> Result<Self> {
-        let (hidden, heads) = (cfg.hidden_size, cfg.num_attention_heads);
-        let attention =
-            Attention { heads, kv_heads: heads, head_dim: hidden / heads, scale: None, pattern: Pattern::Full };
-        let sizes = [hidden, cfg.intermediate_size];
-        let qkv = ["query", "key", "value"];
+    fn load(cfg: &BertLayerConfig, vb: VarBuilder) -> Result<Self> {
         Ok(Self {
-            self_attention: SelfAttention::load(hidden, attention, qkv, true, vb.pp("attention.self"))?,
-            attention_output: Linear::load(hidden, hidden, true, vb.pp("attention.output.dense"))?,
-            attention_norm: cfg.layer_norm(vb.pp("attention.output"))?,
-            mlp: Mlp::load(sizes, cfg.hidden_act, true, ["intermediate.dense", "output.dense"], vb.clone())?,
-            output_norm: cfg.layer_norm(vb.pp("output"))?,
+            attention: SelfAttentionHalf::load(cfg, Pattern::Full, "self", vb.pp("attention"))?,
+            feed_forward: FeedForwardHalf::load(cfg, ["intermediate", "output"], vb)?,
         })
     }
 
     /// `x` and the result are (batch, seq, hidden).
     fn forward(&self, x: &Tensor, mask: Option<&Mask>) -> Result<Tensor> {
-        let attended = self.self_attention.forward(x, mask)?; // (batch, seq, hidden)
-        let x = self.attention_norm.forward(&self.attention_output.forward_add(&attended, x)?)?;
-        self.output_norm.forward(&self.mlp.forward_add(&x, &x)?)
+        self.feed_forward.forward(&self.attention.forward(x, mask)?)
     }
 }
 
@@ -289,7 +287,7 @@ impl BertModel {
             HeadKind::MaskedLm | HeadKind::Classifier { .. } => vb.pp("bert"),
         };
         let embeddings = Embeddings::load(&cfg, bert.pp("embeddings"))?;
-        let layer = |i: usize| Layer::load(&cfg, bert.pp(format!("encoder.layer.{i}")));
+        let layer = |i: usize| Layer::load(&cfg.layer(), bert.pp(format!("encoder.layer.{i}")));
         let layers = (0..cfg.num_hidden_layers).map(layer).collect::<Result<_>>()?;
         let head = Head::load(kind, &cfg, vb, bert.clone(), &embeddings.word_embeddings)?;
         let bytes_per_element = spec.dtype.size_in_bytes() as u64;
@@ -374,31 +372,17 @@ impl Session for BertModel {
 /// FLOPs and bytes of one forward pass over (batch, seq) tokens, all of them attended to.
 pub(crate) fn forward_cost(cfg: &BertConfig, head: Option<HeadKind>, shape: [usize; 2], bytes: u64) -> Cost {
     let [batch, seq] = shape.map(|size| size as u64);
-    let [hidden, inner, heads, vocab] =
-        [cfg.hidden_size, cfg.intermediate_size, cfg.num_attention_heads, cfg.vocab_size].map(|size| size as u64);
+    let [hidden, vocab] = [cfg.hidden_size, cfg.vocab_size].map(|size| size as u64);
     let tokens = batch * seq;
     let linear = |rows, input, output| cost::linear(rows, input, output, true, bytes);
     let norm = cost::norm(Norm::Layer, tokens, hidden, bytes);
     let activation = |elements| cost::elementwise(elements, 1); // one, whichever it is
-    let residual = cost::elementwise(tokens * hidden, 1);
-    let visible_pairs = cost::full_pairs(seq, seq);
-    let attention = cost::Attention {
-        batch,
-        heads,
-        kv_heads: heads,
-        head_dim: hidden / heads,
-        queries: seq,
-        cached: 0,
-        visible_pairs,
-    };
+    let sum = cost::elementwise(tokens * hidden, 1);
 
     // words, positions and segments looked up, two additions, the norm
-    let embeddings = cost::embedding(tokens, hidden, bytes) * 3 + residual * 2 + norm;
-    let layer = linear(tokens, hidden, 3 * hidden) // query, key and value
-        + attention.cost(bytes)
-        + linear(tokens, hidden, hidden) + residual + norm
-        + linear(tokens, hidden, inner) + activation(tokens * inner)
-        + linear(tokens, inner, hidden) + residual + norm;
+    let embeddings = cost::embedding(tokens, hidden, bytes) * 3 + sum * 2 + norm;
+    let layer =
+        cfg.layer().self_attention_cost([batch, seq, 0], false, bytes) + cfg.layer().feed_forward_cost(tokens, bytes);
     let pooler = linear(batch, hidden, hidden) + activation(batch * hidden);
     let head = match head {
         None => Cost::default(),
