@@ -443,14 +443,14 @@ fn product(a: Source<'_>, m: usize, w: &PackedMatrix, epilogue: &Epilogue<'_>, o
     if out.is_empty() {
         return;
     }
-    let rounded;
-    let mut round = |a, rows| {
-        rounded = round_to_pairs(w.isa, a, rows, w.k);
-        Rows::contiguous(&rounded, w.steps())
+    let rounded = match (&w.panels, &a) {
+        (Panels::Pairs(..), Source::Rows(a)) => Some(round_to_pairs(w.isa, *a, m, w.k)),
+        (Panels::Pairs(..), Source::Picked(a, index)) => Some(round_to_pairs(w.isa, *a, rows_picked(index), w.k)),
+        _ => None,
     };
-    let a = match (&w.panels, a) {
-        (Panels::Pairs(..), Source::Rows(a)) => Source::Rows(round(a, m)),
-        (Panels::Pairs(..), Source::Picked(a, index)) => Source::Picked(round(a, rows_picked(index)), index),
+    let a = match (&rounded, a) {
+        (Some(rounded), Source::Rows(_)) => Source::Rows(Rows::contiguous(rounded, w.steps())),
+        (Some(rounded), Source::Picked(_, index)) => Source::Picked(Rows::contiguous(rounded, w.steps()), index),
         (_, a) => a,
     };
     let grid = w.grid(m, pool::threads());
@@ -1268,20 +1268,19 @@ mod tests {
             let pairs =
                 pair_products(isa).into_iter().map(|p| PackedMatrix::pack_pairs(isa, p, &halves, n, k).unwrap());
             let plain = PackedMatrix::pack_for(isa, Weights::F32(&weights), n, k).unwrap();
-            for (packed, m) in pairs.chain([plain]).flat_map(|packed| {
-                let packed = std::rc::Rc::new(packed);
-                [40, 1, 0].map(|m| (packed.clone(), m))
-            }) {
-                let mut out = vec![MaybeUninit::new(-1e30f32); m * n];
-                matmul_picked(Rows::contiguous(&a, k), &index[..m], &packed, &epilogue, &mut out).unwrap();
-                // SAFETY: all were initialised above.
-                let found: Vec<f32> = out.into_iter().map(|x| unsafe { x.assume_init() }).collect();
-                assert_eq!(found, product(Rows::contiguous(&copied, k), m, &packed, &epilogue), "{isa}");
+            for packed in pairs.chain([plain]) {
+                for m in [40, 1, 0] {
+                    let mut out = vec![MaybeUninit::new(-1e30f32); m * n];
+                    matmul_picked(Rows::contiguous(&a, k), &index[..m], &packed, &epilogue, &mut out).unwrap();
+                    // SAFETY: all were initialised above.
+                    let found: Vec<f32> = out.into_iter().map(|x| unsafe { x.assume_init() }).collect();
+                    assert_eq!(found, product(Rows::contiguous(&copied, k), m, &packed, &epilogue), "{isa}");
+                }
+                let mut out = vec![MaybeUninit::new(0.0); n];
+                let beyond =
+                    matmul_picked(Rows::contiguous(&a, k), &[rows as u32], &packed, &Epilogue::default(), &mut out);
+                assert!(beyond.unwrap_err().to_string().starts_with('A'));
             }
-            let mut out = vec![MaybeUninit::new(0.0); n];
-            let beyond =
-                matmul_picked(Rows::contiguous(&a, k), &[rows as u32], &packed, &Epilogue::default(), &mut out);
-            assert!(beyond.unwrap_err().to_string().starts_with('A'));
         }
     }
 

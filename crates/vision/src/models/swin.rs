@@ -504,7 +504,7 @@ struct Stage {
 impl Stage {
     fn load(cfg: &SwinConfig, stage: usize, vb: VarBuilder) -> Result<Self> {
         let layer = |i: usize| {
-            let shift = if i % 2 == 0 { 0 } else { cfg.window_size / 2 };
+            let shift = if i.is_multiple_of(2) { 0 } else { cfg.window_size / 2 };
             Layer::load(cfg, stage, shift, vb.pp(format!("blocks.{i}")))
         };
         let is_last = stage + 1 == cfg.depths.len();
@@ -527,7 +527,7 @@ impl Stage {
             false => windows.clone(),
         };
         for (i, layer) in self.layers.iter().enumerate() {
-            x = layer.forward(&x, if i % 2 == 0 { &windows } else { &moved })?;
+            x = layer.forward(&x, if i.is_multiple_of(2) { &windows } else { &moved })?;
         }
         match &self.downsample {
             Some(downsample) => downsample.forward(&x, grid),

@@ -6,7 +6,7 @@ use candle_core::Tensor;
 use candle_nn::VarBuilder;
 use candle_transformers::models::t5;
 use roofbench_core::cost::{self, PhaseCost};
-use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Session, SessionError, Tensors};
+use roofbench_core::session::{Call, ModelSpec, Observer, Session, SessionError, Tensors};
 use roofbench_nn::activation::Activation;
 
 use crate::models::t5::{T5Config, TOKENS, decoder_cost, encoder_cost};
