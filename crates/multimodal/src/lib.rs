@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
+pub mod flava_processor;
 pub mod models;
 
 pub use candle_core;
@@ -19,14 +20,19 @@ pub use roofbench_core::session::{
 pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, WeightsError};
 pub use serde_json;
 
+use models::{flava, layoutlm, vilt};
 use roofbench_core::config;
+use roofbench_vision::preprocess::ImageProcessor;
 
 /// The families of the catalog that this crate runs.
-pub const FAMILIES: &[&str] = &[];
+pub const FAMILIES: &[&str] = &["vilt", "flava", "layoutlm"];
 
 /// The `transformers` classes of `family` that run; none for a family that is not one of [`FAMILIES`].
 pub fn classes(family: &str) -> &'static [&'static str] {
     match family {
+        "vilt" => vilt::CLASSES,
+        "flava" => flava::CLASSES,
+        "layoutlm" => layoutlm::CLASSES,
         _ => &[],
     }
 }
@@ -34,6 +40,9 @@ pub fn classes(family: &str) -> &'static [&'static str] {
 /// How published checkpoints of `spec` name the tensors that [`load`] asks for, for [`Weights::open`].
 pub fn aliases(spec: &ModelSpec) -> &'static [AliasRule] {
     match spec.family.as_str() {
+        "vilt" => vilt::aliases(spec),
+        "flava" => flava::aliases(spec),
+        "layoutlm" => layoutlm::aliases(spec),
         _ => &[],
     }
 }
@@ -48,6 +57,9 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
         return Err(config::unsupported_class(spec, classes(&spec.family)));
     }
     match (spec.family.as_str(), spec.engine) {
+        ("vilt", Engine::Roofbench) => Ok(Box::new(vilt::ViltModel::load(spec, vb)?)),
+        ("flava", Engine::Roofbench) => Ok(Box::new(flava::FlavaModel::load(spec, vb)?)),
+        ("layoutlm", Engine::Roofbench) => layoutlm::load(spec, vb),
         (family, Engine::CandleTransformers) if FAMILIES.contains(&family) => Err(SessionError::UnsupportedEngine {
             family: family.to_owned(),
             reason: "candle-transformers is not wrapped for it; use --engine roofbench".to_owned(),
@@ -62,8 +74,17 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
 /// # Errors
 /// Names the family, or the field of `preprocessor_config.json` at fault.
 pub fn processor(family: &str, configs: &BTreeMap<String, Value>) -> Result<Box<dyn Processor>, SessionError> {
-    let _ = configs;
-    Err(unknown_family(family))
+    if !FAMILIES.contains(&family) {
+        return Err(unknown_family(family));
+    }
+    let Some(config) = configs.get("preprocessor_config.json") else {
+        let reason = "the file is missing; the repository of a checkpoint has it beside config.json".to_owned();
+        return Err(SessionError::Preprocessor { field: ".".to_owned(), reason });
+    };
+    Ok(match family {
+        "flava" => Box::new(flava_processor::FlavaProcessor::from_config(config)?),
+        _ => Box::new(ImageProcessor::from_config(config, family)?),
+    })
 }
 
 fn unknown_family(family: &str) -> SessionError {
