@@ -52,7 +52,7 @@ pub fn aliases(spec: &ModelSpec) -> &'static [AliasRule] {
 /// # Errors
 /// Names the family, class, config field or tensor at fault, or why the engine has no such model.
 pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, SessionError> {
-    let _ = weights;
+    let vb = weights.var_builder(spec.dtype, &spec.device);
     if !classes(&spec.family).is_empty() && !classes(&spec.family).contains(&spec.class.as_str()) {
         return Err(config::unsupported_class(spec, classes(&spec.family)));
     }

@@ -239,8 +239,7 @@ impl VisualEmbeddings {
         let kinds = patches.kinds();
         let blocks = kinds.iter().map(|kind| self.block(*kind)).collect::<Result<Vec<_>>>()?;
         let table = Tensor::cat(&blocks, 0)?;
-        let mut begin = 0;
-        let begins: Vec<usize> = kinds.iter().map(|kind| std::mem::replace(&mut begin, begin + kind.rows())).collect();
+        let begins: Vec<usize> = (0..kinds.len()).map(|k| kinds[..k].iter().map(|kind| kind.rows()).sum()).collect();
         let of_item = |item: usize| begins[kinds.iter().position(|kind| *kind == patches.kind(item)).unwrap_or(0)];
         let columns = patches.grid[1];
         let place = |item: usize, patch: usize| {
@@ -250,8 +249,8 @@ impl VisualEmbeddings {
         };
         let rows = (0..items).flat_map(|item| patches.taken[item].iter().map(move |patch| (item, *patch)));
         let rows = rows.map(|(item, patch)| Some(place(item, patch)));
-        let places = gather(&table, &RowIndex::new(begin, (items, patches.length), rows)?)?;
-        let class = gather(&table, &RowIndex::new(begin, (items, 1), (0..items).map(|item| Some(of_item(item))))?)?;
+        let places = gather(&table, &RowIndex::new(table.dim(0)?, (items, patches.length), rows)?)?;
+        let class = gather(&table, &RowIndex::new(table.dim(0)?, (items, 1), (0..items).map(|item| Some(of_item(item))))?)?;
         roofbench_nn::cost::elementwise(x.elem_count(), 1);
         Ok([class, (x + places)?])
     }
