@@ -642,6 +642,24 @@ mod tests {
         }
     }
 
+    /// From transformers 5.23.0, the second bounded by its longer side.
+    #[test]
+    fn sides_that_are_multiples() {
+        let size = Size::Multiple { shortest: 24, divisor: 8 };
+        assert_eq!([size.for_picture(43, 57), size.for_picture(70, 21)], [[24, 32], [32, 8]]);
+        assert_eq!(Size::Multiple { shortest: 384, divisor: 32 }.for_picture(480, 640), [384, 512]);
+        let (field, reason) = refused(json!({"size_divisor": 0}), "vilt");
+        assert_eq!((&*field, &*reason), ("size_divisor", "is 0"));
+        assert_eq!(refused(json!({"size": {"height": 3, "width": 4}}), "vilt").0, "size");
+    }
+
+    #[test]
+    fn words_of_a_page_are_not_read() {
+        assert_eq!(refused(json!({}), "layoutlmv3").0, "apply_ocr");
+        assert_eq!(refused(json!({"apply_ocr": true}), "layoutlm").0, "apply_ocr");
+        assert!(ImageProcessor::from_config(&json!({"apply_ocr": false}), "layoutlm").is_ok());
+    }
+
     fn shape(config: Value, model: &str, height: u32, width: u32) -> Vec<usize> {
         let processor = ImageProcessor::from_config(&config, model).expect("a config");
         processor.prepare(&RgbImage::new(width, height)).expect("a picture").dims().to_vec()

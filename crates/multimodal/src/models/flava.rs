@@ -1011,3 +1011,139 @@ fn pretraining_cost(cfg: &FlavaConfig, arguments: &Arguments, bytes: u64) -> Res
     };
     Ok(image + text + heads)
 }
+
+#[cfg(test)]
+mod tests {
+    use roofbench_core::session::Engine;
+    use serde_json::json;
+
+    use super::*;
+
+    fn spec(class: &str, changes: Value) -> ModelSpec {
+        let encoder = json!({"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 6});
+        let part = |more: Value| {
+            let mut part = encoder.clone();
+            part.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+            part
+        };
+        let mut config = json!({
+            "image_config": part(json!({"image_size": 4, "patch_size": 2, "num_channels": 1, "vocab_size": 5})),
+            "text_config": part(json!({"vocab_size": 9, "max_position_embeddings": 6})),
+            "multimodal_config": part(json!({})),
+            "image_codebook_config": {"hidden_size": 4, "input_channels": 1, "vocab_size": 5, "num_blocks_per_group": 1},
+            "hidden_size": 4,
+            "projection_dim": 3,
+        });
+        for (field, value) in changes.as_object().expect("an object") {
+            config[field] = value.clone();
+        }
+        ModelSpec {
+            family: "flava".into(),
+            class: class.into(),
+            config,
+            extra_configs: Default::default(),
+            dtype: DType::F32,
+            device: Device::Cpu,
+            engine: Engine::Roofbench,
+        }
+    }
+
+    fn call(arguments: Value) -> Call {
+        let zeros = |shape: &[usize], dtype: DType| Tensor::zeros(shape, dtype, &Device::Cpu).expect("zeros");
+        let inputs = Tensors::from([
+            ("pixel_values".into(), zeros(&[1, 1, 4, 4], DType::F32)),
+            ("input_ids".into(), zeros(&[1, 2], DType::I64)),
+        ]);
+        Call { method: "forward".into(), inputs, arguments: arguments.as_object().expect("an object").clone() }
+    }
+
+    fn message(class: &str, changes: Value, call: &Call) -> String {
+        let spec = spec(class, changes);
+        let read = FlavaConfig::from_spec(&spec)
+            .and_then(|cfg| Arguments::read(&cfg, class == "FlavaForPreTraining", call).map(drop));
+        read.err().map(|error| error.to_string()).unwrap_or_default()
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_by_name() {
+        let plain = call(json!({}));
+        assert_eq!(message("FlavaModel", json!({}), &plain), "");
+        for (changes, start) in [
+            (json!({"text_config_dict": {}}), "config.json: `text_config_dict` = {} is not supported for flava"),
+            (json!({"image_config": {"patch_size": 300}}), "config.json: `image_config.patch_size`: is larger than"),
+            (
+                json!({"multimodal_config": {"num_attention_heads": 7}}),
+                "config.json: `multimodal_config.hidden_size`: 768 is not a multiple of",
+            ),
+            (json!({"image_codebook_config": {"hidden_size": 3}}), "config.json: `hidden_size`: 3 is less than 4"),
+        ] {
+            let found = message("FlavaModel", changes, &plain);
+            assert!(found.starts_with(start), "{found}");
+        }
+        assert_eq!(message("FlavaModel", json!({"text_config": null, "image_config": null}), &Call {
+            inputs: [("input_ids".into(), plain.inputs["input_ids"].clone())].into(),
+            ..plain.clone()
+        }), "");
+
+        let error = message("FlavaForPreTraining", json!({}), &plain);
+        assert!(error.starts_with("input `return_loss`: true is not supported"), "{error}");
+        let without = call(json!({"return_loss": false}));
+        assert_eq!(message("FlavaForPreTraining", json!({}), &without), "");
+        let error = message("FlavaForPreTraining", json!({"hidden_size": 6}), &without);
+        assert!(error.starts_with("config.json: `multimodal_config.hidden_size`: 4 is not that of"), "{error}");
+        let mut small = plain.clone();
+        small.inputs.insert("pixel_values".into(), Tensor::zeros((1, 1, 4, 2), DType::F32, &Device::Cpu).expect("zeros"));
+        assert!(message("FlavaModel", json!({}), &small).starts_with("input `pixel_values`: is 4 x 2 pixels"));
+        small.inputs.clear();
+        assert!(message("FlavaModel", json!({}), &small).starts_with("input `input_ids`: is missing, and so is"));
+    }
+
+    /// Four groups of one block, 4 channels to 32, over a picture of 8 x 8 pixels.
+    #[test]
+    fn cost_of_a_codebook_by_hand() {
+        let cfg = FlavaConfig::from_spec(&spec("FlavaImageCodebook", json!({}))).expect("a config").image_codebook_config;
+        let conv = |pixels: u64, input: u64, output: u64, taps: u64| pixels * output * (2 * input * taps + 1);
+        // activation, three narrowing and one widening convolution with activations between, sum
+        let block = |pixels: u64, input: u64, output: u64| {
+            let inner = output / 4;
+            let identity = if input == output { 0 } else { conv(pixels, input, output, 1) };
+            pixels * input
+                + conv(pixels, input, inner, 9)
+                + 2 * conv(pixels, inner, inner, 9)
+                + 3 * pixels * inner
+                + conv(pixels, inner, output, 1)
+                + pixels * output
+                + identity
+        };
+        let expected = conv(64, 1, 4, 49)
+            + block(64, 4, 4)
+            + block(16, 4, 8)
+            + block(4, 8, 16)
+            + block(1, 16, 32)
+            + 32
+            + conv(1, 32, 5, 1);
+        assert_eq!(ImageCodebook::cost(&cfg, 1, [8, 8], 4).flops, expected);
+    }
+
+    /// Of 241 M parameters the encoders' layers (30 of 7.09 M) are used for every row: 197 and 77, and 275 of both.
+    #[test]
+    fn cost_at_the_published_size() {
+        let mut spec = spec("FlavaModel", json!({}));
+        spec.config = json!({});
+        let cfg = FlavaConfig::from_spec(&spec).expect("a config");
+        let zeros = |shape: &[usize], dtype: DType| Tensor::zeros(shape, dtype, &Device::Cpu).expect("zeros");
+        let inputs = Tensors::from([
+            ("pixel_values".into(), zeros(&[1, 3, 224, 224], DType::F32)),
+            ("input_ids".into(), zeros(&[1, 77], DType::I64)),
+        ]);
+        let call = Call { inputs, ..call(json!({})) };
+        let arguments = Arguments::read(&cfg, false, &call).expect("a call");
+        let flops = model_cost(&cfg, &arguments, 4).expect("a cost").flops as f64;
+        let attended = |rows: f64, layers: f64| layers * (24.0 * rows * 768.0 * 768.0 + 4.0 * rows * rows * 768.0);
+        let products = attended(197.0, 12.0)
+            + attended(77.0, 12.0)
+            + attended(275.0, 6.0)
+            + 2.0 * 768.0 * 768.0 * (196.0 + 274.0 + 3.0); // patches, projections, poolers
+        assert!((flops / products - 1.0).abs() < 0.01, "{flops:e}, not {products:e}");
+    }
+}

@@ -432,3 +432,90 @@ fn forward_cost(cfg: &LayoutLmConfig, kind: HeadKind, [batch, seq]: [usize; 2], 
         + Encoder::cost(&bert, [batch, seq], kind.rows(), bytes)
         + head
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+    use roofbench_core::session::Engine;
+    use serde_json::json;
+
+    use super::*;
+
+    fn spec(class: &str, config: Value) -> ModelSpec {
+        ModelSpec {
+            family: "layoutlm".into(),
+            class: class.into(),
+            config,
+            extra_configs: Default::default(),
+            dtype: DType::F32,
+            device: Device::Cpu,
+            engine: Engine::Roofbench,
+        }
+    }
+
+    fn message<T>(result: Result<T, SessionError>) -> String {
+        result.err().map(|error| error.to_string()).unwrap_or_default()
+    }
+
+    #[test]
+    fn configs_and_classes_that_do_not_fit_are_refused() {
+        let read = |config| message(LayoutLmConfig::from_spec(&spec("LayoutLMModel", config)));
+        assert_eq!(read(json!({})), "");
+        assert!(read(json!({"position_embedding_type": "relative_key"})).contains("`position_embedding_type`"));
+        assert!(read(json!({"num_attention_heads": 7})).contains("`hidden_size`: 768 is not a multiple of"));
+        assert!(read(json!({"max_2d_position_embeddings": 0})).contains("`max_2d_position_embeddings`: 0 is not in 1..="));
+        let class = |class, config| message(HeadKind::of(&spec(class, config)));
+        assert!(class("LayoutLMForQuestionAnswering", json!({"num_labels": 3})).contains("`num_labels`: 3 is not 2"));
+        assert_eq!(class("LayoutLMForQuestionAnswering", json!({})), "");
+        assert!(class("LayoutLMForPreTraining", json!({})).contains("`LayoutLMForPreTraining` is not supported"));
+    }
+
+    #[test]
+    fn boxes_have_to_lie_on_the_page() {
+        let cfg = LayoutLmConfig::from_spec(&spec("LayoutLMModel", json!({}))).expect("a config");
+        let read = |bbox: [i64; 4]| {
+            let inputs = Tensors::from([
+                ("input_ids".into(), Tensor::new(&[[5i64]], &Device::Cpu).expect("ids")),
+                ("bbox".into(), Tensor::new(&[[bbox]], &Device::Cpu).expect("boxes")),
+            ]);
+            message(Words::read(&cfg, &Call { method: "forward".into(), inputs, ..Call::default() }))
+        };
+        assert_eq!(read([0, 10, 1000, 20]), "");
+        assert_eq!(
+            read([0, 10, 1024, 20]),
+            "input `bbox`: element 2 is 1024, beyond max_2d_position_embeddings = 1024"
+        );
+        assert!(read([0, 30, 10, 20]).starts_with("input `bbox (its height)`: element 0 is -10"));
+        assert!(read([30, 0, 10, 20]).starts_with("input `bbox (its width)`: element 0 is -20"));
+    }
+
+    /// At the published size it is BERT and six additions more; BERT-base at 128 tokens has 22.36 GFLOPs published.
+    #[test]
+    fn cost_is_that_of_bert_and_places() {
+        let cfg = LayoutLmConfig::from_spec(&spec("LayoutLMModel", json!({}))).expect("a config");
+        let flops = |kind| forward_cost(&cfg, kind, [1, 128], 4).flops;
+        let places = 6 * 128 * 768;
+        let encoder = flops(HeadKind::Pooler);
+        assert!(((encoder - places) as f64 / 22.36e9 - 1.0).abs() < 0.003, "{encoder}");
+        let pooler = 2 * 768 * 768 + 2 * 768;
+        assert_eq!(flops(HeadKind::Words { labels: 7 }), encoder - pooler + 128 * (2 * 768 * 7 + 7));
+        assert_eq!(flops(HeadKind::Answer), encoder - pooler + 128 * (2 * 768 * 2 + 2));
+        // of the last layer only keys and values of 127 rows are made
+        let rest = 127 * (2 * 768 * (2 * 768 + 2 * 3072) + 2 * 768 + 4 * 768 + 2 * 3072 + 2 * 7 * 768 + 128 * 12 * (4 * 64 + 5));
+        assert_eq!(flops(HeadKind::Page { labels: 7 }), encoder + 2 * 768 * 7 + 7 - rest);
+    }
+
+    #[test]
+    fn alias_rules_depend_on_class_and_tying() {
+        let patterns = |class: &str, config: Value| {
+            aliases(&spec(class, config)).iter().map(|rule| rule.pattern).collect::<Vec<_>>()
+        };
+        let drops_the_head = |patterns: &[&str]| patterns.contains(&r"^cls\.");
+        let tied = patterns("LayoutLMForMaskedLM", json!({}));
+        assert!(tied[0].contains("decoder") && !drops_the_head(&tied));
+        let untied = patterns("LayoutLMForMaskedLM", json!({"tie_word_embeddings": false}));
+        assert!(!untied[0].contains("decoder") && !drops_the_head(&untied));
+        assert!(drops_the_head(&patterns("LayoutLMForTokenClassification", json!({}))));
+        assert!(patterns("LayoutLMv3ForTokenClassification", json!({})).iter().any(|rule| rule.contains("pos_embed")));
+    }
+}

@@ -621,3 +621,93 @@ fn forward_cost(
     };
     text + page + bias + Encoder::cost(&bert, [batch, seq], kind.rows(words), bytes) + head
 }
+
+#[cfg(test)]
+mod tests {
+    use roofbench_core::session::Engine;
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn spec(class: &str, changes: Value) -> ModelSpec {
+        let mut config = json!({
+            "vocab_size": 10, "hidden_size": 6, "coordinate_size": 1, "shape_size": 1, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "intermediate_size": 5, "max_position_embeddings": 8, "type_vocab_size": 1,
+            "input_size": 4, "patch_size": 2, "num_channels": 1,
+        });
+        for (field, value) in changes.as_object().expect("an object") {
+            config[field] = value.clone();
+        }
+        ModelSpec {
+            family: "layoutlm".into(),
+            class: class.into(),
+            config,
+            extra_configs: Default::default(),
+            dtype: DType::F32,
+            device: Device::Cpu,
+            engine: Engine::Roofbench,
+        }
+    }
+
+    fn message(class: &str, changes: Value, inputs: &[(&str, &Tensor)]) -> String {
+        let spec = spec(class, changes);
+        let inputs = inputs.iter().map(|(name, tensor)| ((*name).to_owned(), (*tensor).clone())).collect();
+        let call = Call { method: "forward".into(), inputs, ..Call::default() };
+        let read = HeadKind::of(&spec)
+            .and_then(|kind| Page::read(&LayoutLmV3Config::from_spec(&spec)?, kind, &call).map(drop));
+        read.err().map(|error| error.to_string()).unwrap_or_default()
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_by_name() {
+        let zeros = |shape: &[usize], dtype: DType| Tensor::zeros(shape, dtype, &Device::Cpu).expect("zeros");
+        let (ids, page) = (zeros(&[1, 6], DType::I64), zeros(&[1, 1, 4, 4], DType::F32));
+        let (words, model) = ("LayoutLMv3ForTokenClassification", "LayoutLMv3Model");
+        assert_eq!(message(model, json!({}), &[("input_ids", &ids), ("pixel_values", &page)]), "");
+        assert_eq!(message(model, json!({}), &[("pixel_values", &page)]), "");
+        assert_eq!(message(words, json!({}), &[("pixel_values", &page)]), "input `input_ids`: is missing");
+        for (changes, start) in [
+            (json!({"shape_size": 2}), "config.json: `hidden_size`: 6 is not 4 coordinate_size + 2 shape_size = 8"),
+            (json!({"patch_size": 5}), "config.json: `patch_size`: is larger than input_size"),
+            (json!({"patch_size": [2, 2]}), "config.json: `patch_size`: "),
+            (json!({"text_embed": false}), "input `input_ids`: text_embed is false"),
+        ] {
+            let found = message(model, changes, &[("input_ids", &ids)]);
+            assert!(found.starts_with(start), "{found}");
+        }
+        // six words behind the number of padding, 1, reach 7; a seventh would need a table of 9
+        let seven = zeros(&[1, 7], DType::I64);
+        let error = message(model, json!({}), &[("input_ids", &seven)]);
+        assert!(error.starts_with("input `input_ids (their positions)`: element 6 is 8"), "{error}");
+        let error = message(model, json!({}), &[("pixel_values", &page), ("bbox", &zeros(&[1, 6, 4], DType::I64))]);
+        assert_eq!(error, "input `bbox`: needs input_ids");
+        let wide = zeros(&[1, 1, 4, 6], DType::F32);
+        assert!(message(model, json!({}), &[("pixel_values", &wide)]).contains("4 x 6 pixels, 6 patches"));
+        let error = message("LayoutLMv3ForQuestionAnswering", json!({"num_labels": 4}), &[("input_ids", &ids)]);
+        assert!(error.contains("`num_labels`: 4 is not 2"), "{error}");
+    }
+
+    #[test]
+    fn positions_count_from_behind_padding() -> Result<()> {
+        let ids = Tensor::new(&[[5i64, 1, 7, 8], [1, 1, 2, 1]], &Device::Cpu)?;
+        assert_eq!(positions_behind(&ids, 1)?.to_vec2::<i64>()?, [[2, 1, 3, 4], [1, 1, 2, 1]]);
+        Ok(())
+    }
+
+    /// 3 words and 4 patches behind a token: 8 rows of width 6, inner width 5, 2 heads of 3.
+    #[test]
+    fn cost_by_hand() {
+        let cfg = LayoutLmV3Config::from_spec(&spec("LayoutLMv3Model", json!({}))).expect("a config");
+        let text = (2 + 7 + 1) * 3 * 6; // two additions and the norm, places added
+        let page = 2 * (4 * 6) * 4 + 4 * 6 + (1 + 7) * 5 * 6 + 7 * 8 * 6; // patches, positions, norm, norm of all
+        let bias = 3 * 2 * 64;
+        let layer = 2 * 8 * 6 * 18 + 8 * 18
+            + 4 * (2 * 64) * 3 + 5 * 2 * 64
+            + 2 * 8 * 6 * 6 + 8 * 6 + 48 + 7 * 48
+            + 2 * 8 * 6 * 5 + 8 * 5 + 40
+            + 2 * 8 * 5 * 6 + 8 * 6 + 48 + 7 * 48;
+        let flops = |kind| forward_cost(&cfg, kind, [1, 3], Some([4, 4]), 4).flops;
+        assert_eq!(flops(HeadKind::None), text + page + bias + layer);
+        assert_eq!(flops(HeadKind::Answer) - flops(HeadKind::None), 8 * (2 * 36 + 6 + 6 + 2 * 6 * 2 + 2));
+    }
+}

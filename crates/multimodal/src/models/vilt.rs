@@ -681,3 +681,133 @@ fn forward_cost(cfg: &ViltConfig, kind: HeadKind, pairs: &Pairs, bytes: u64) -> 
     };
     Ok(text + pictures + Encoder::cost(&cfg.encoder(), [items, seq], rows, bytes) + norm(read, hidden) + head)
 }
+
+#[cfg(test)]
+mod tests {
+    use roofbench_core::session::Engine;
+    use serde_json::json;
+
+    use super::*;
+
+    fn spec(class: &str, changes: Value) -> ModelSpec {
+        let mut config = json!({
+            "vocab_size": 10, "max_position_embeddings": 6, "hidden_size": 4, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "intermediate_size": 6, "image_size": 4, "patch_size": 2, "num_channels": 1,
+            "num_labels": 3,
+        });
+        for (field, value) in changes.as_object().expect("an object") {
+            config[field] = value.clone();
+        }
+        ModelSpec {
+            family: "vilt".into(),
+            class: class.into(),
+            config,
+            extra_configs: Default::default(),
+            dtype: DType::F32,
+            device: Device::Cpu,
+            engine: Engine::Roofbench,
+        }
+    }
+
+    fn call(words: usize, pixels: &[usize], mask: Option<&Tensor>) -> Call {
+        let batch = pixels[0];
+        let mut inputs = Tensors::from([
+            ("input_ids".into(), Tensor::zeros((batch, words), DType::I64, &Device::Cpu).expect("ids")),
+            ("pixel_values".into(), Tensor::zeros(pixels, DType::F32, &Device::Cpu).expect("pixels")),
+        ]);
+        inputs.extend(mask.map(|mask| ("pixel_mask".to_owned(), mask.clone())));
+        Call { method: "forward".into(), inputs, ..Call::default() }
+    }
+
+    fn read(class: &str, changes: Value, call: &Call) -> Result<Pairs, SessionError> {
+        let spec = spec(class, changes);
+        let cfg = ViltConfig::from_spec(&spec)?;
+        Pairs::read(&cfg, HeadKind::of(&spec, &cfg)?, call)
+    }
+
+    fn message<T>(result: Result<T, SessionError>) -> String {
+        result.err().map(|error| error.to_string()).unwrap_or_default()
+    }
+
+    /// Two pictures in a frame of 2 x 3 patches: one fills 2 x 2, the other 1 x 3.
+    fn mask() -> Tensor {
+        let mask: Vec<i64> = (0..2 * 4 * 6)
+            .map(|i| (i / 24, i / 6 % 4, i % 6))
+            .map(|(item, row, column)| i64::from(if item == 0 { column < 4 } else { row < 2 }))
+            .collect();
+        Tensor::from_vec(mask, (2, 4, 6), &Device::Cpu).expect("a mask")
+    }
+
+    #[test]
+    fn patches_that_are_taken_are_a_pictures_own_and_then_padding() {
+        let call = call(2, &[2, 1, 4, 6], Some(&mask()));
+        let pairs = read("ViltModel", json!({}), &call).expect("a call");
+        let Patches { sizes, taken, own, length, .. } = &pairs.patches;
+        assert_eq!((&sizes[..], *length), (&[[2, 2], [1, 3]][..], 4));
+        assert_eq!((&taken[0][..], &taken[1][..]), (&[0, 1, 3, 4][..], &[0, 1, 2, 3][..]));
+        assert_eq!(own, &[4, 3]);
+        assert!(!pairs.patches.are_all());
+        let limited = read("ViltModel", json!({"max_image_length": 2}), &call).expect("a call");
+        assert_eq!((&limited.patches.taken[..], &limited.patches.own[..]), (&[vec![0, 1], vec![0, 1]][..], &[2, 2][..]));
+        let whole = read("ViltModel", json!({}), &self::call(2, &[2, 1, 4, 6], None)).expect("a call");
+        assert!(whole.patches.are_all());
+        assert_eq!(whole.patches.kinds(), [Kind { size: [2, 3], modality: 1 }]);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_by_name() {
+        let one = call(2, &[1, 1, 4, 4], None);
+        assert_eq!(message(read("ViltModel", json!({}), &one)), "");
+        for (changes, start) in [
+            (json!({"hidden_size": 5}), "config.json: `hidden_size`: 5 is not a multiple of num_attention_heads, 2"),
+            (json!({"patch_size": 5}), "config.json: `patch_size`: is larger than image_size"),
+            (json!({"max_image_length": 0}), "config.json: `max_image_length`: 0 leaves no patch"),
+            (json!({"hidden_act": "maxout"}), "config.json: `hidden_act`: activation `maxout` is not supported"),
+        ] {
+            let found = message(read("ViltModel", changes, &one));
+            assert!(found.starts_with(start), "{found}");
+        }
+        let class = "ViltForImagesAndTextClassification";
+        assert!(message(read(class, json!({}), &one)).starts_with("config.json: `num_images`: -1 is not in 1.."));
+        let two = json!({"num_images": 2, "modality_type_vocab_size": 3});
+        assert!(message(read(class, two.clone(), &one)).starts_with("input `pixel_values`: is F32 of shape [1, 1, 4, 4]"));
+        assert_eq!(message(read(class, two, &call(2, &[1, 2, 1, 4, 4], None))), "");
+        assert!(message(read("ViltForPreTraining", json!({}), &one)).contains("`ViltForPreTraining` is not supported"));
+
+        let error = message(read("ViltModel", json!({}), &call(2, &[1, 1, 1, 4], None)));
+        assert!(error.starts_with("input `pixel_values`: is F32 of shape [1, 1, 1, 4]"), "{error}");
+        assert!(message(read("ViltModel", json!({}), &call(7, &[1, 1, 4, 4], None))).contains("max_position_embeddings"));
+        let nothing = Tensor::zeros((1, 4, 4), DType::I64, &Device::Cpu).expect("a mask");
+        let error = message(read("ViltModel", json!({}), &call(2, &[1, 1, 4, 4], Some(&nothing))));
+        assert!(error.starts_with("input `pixel_mask`: item 0 masks the first row"), "{error}");
+    }
+
+    /// 2 words, and 4 patches behind the class token: 7 rows of width 4, inner width 6, 2 heads of 2, 3 labels.
+    #[test]
+    fn cost_by_hand() {
+        let spec = spec("ViltForQuestionAnswering", json!({}));
+        let cfg = ViltConfig::from_spec(&spec).expect("a config");
+        let kind = HeadKind::of(&spec, &cfg).expect("a class");
+        let pairs = Pairs::read(&cfg, kind, &call(2, &[1, 1, 4, 4], None)).expect("a call");
+        let text = 2 * 8 + 7 * 8 + 8; // two additions, norm, modality
+        let picture = 2 * (4 * 4) * 4 + 4 * 4 + 6 * 4 + 4 * 4; // patches with bias, modality to 6 rows, positions to 4
+        let layer = 7 * 7 * 4 // norm
+            + 2 * 7 * 4 * 8 + 7 * 8 + 2 * 4 * 4 + 4 // key and value of all, query of the first row
+            + 2 * (2 * 7) * 2 * 2 + 5 * (2 * 7) // two products over 7 pairs of 2 heads, softmax
+            + 2 * 4 * 4 + 4 + 4 + 7 * 4 // output, residual, norm
+            + 2 * 4 * 6 + 6 + 6 + 2 * 6 * 4 + 4 + 4; // up, activation, down, residual
+        let head = 7 * 4 // norm
+            + 2 * 4 * 4 + 4 + 4 // pooler and its tanh
+            + 2 * 4 * 8 + 8 + 7 * 8 + 8 // hidden layer, its norm and activation
+            + 2 * 8 * 3 + 3;
+        assert_eq!(forward_cost(&cfg, kind, &pairs, 4).expect("a cost").flops, text + picture + layer + head);
+    }
+
+    #[test]
+    fn alias_rules_depend_on_tying() {
+        let first = |class: &str, changes: Value| aliases(&spec(class, changes))[0].pattern.contains("decoder");
+        assert!(first("ViltForMaskedLM", json!({})));
+        assert!(!first("ViltForMaskedLM", json!({"tie_word_embeddings": false})));
+        assert!(!first("ViltModel", json!({})));
+    }
+}
