@@ -126,7 +126,9 @@ fn flava() {
         check("flava", [all, all], &config, &both, Some(output), |name| without("flava.", name));
     }
     let pixels = call(&[("pixel_values", &page)]);
-    check("flava", [codebook, codebook], &config, &pixels, Some("logits"), |name| vec![format!("image_codebook.{name}")]);
+    check("flava", [codebook, codebook], &config, &pixels, Some("logits"), |name| {
+        vec![format!("image_codebook.{name}")]
+    });
     check("flava", [all, codebook], &config, &pixels, None, same);
 }
 

@@ -175,7 +175,8 @@ pub fn sum_of_biases(terms: &[(&RelativeBias, &[Vec<i64>])], scale: f32) -> Resu
     if batch * seq * heads == 0 {
         return Tensor::zeros((batch, heads, seq, seq), DType::F32, &first.device);
     }
-    let tables = terms.iter().map(|(bias, positions)| Between::new(bias, positions, scale)).collect::<Result<Vec<_>>>()?;
+    let tables =
+        terms.iter().map(|(bias, positions)| Between::new(bias, positions, scale)).collect::<Result<Vec<_>>>()?;
     let fill = |row: usize, out: &mut [MaybeUninit<f32>]| {
         let (item, head, key) = (row / seq / heads, row / seq % heads, row % seq);
         let mut sum = vec![0f32; seq];
@@ -455,12 +456,14 @@ mod tests {
     fn sums_of_biases_by_definition() -> Result<()> {
         let buckets = Buckets { count: 8, max_distance: 20, bidirectional: true };
         let other = Buckets { count: 12, max_distance: 300, bidirectional: true };
-        let table = |rows: usize, seed: f32| Tensor::arange(0f32, (rows * 3) as f32, &Device::Cpu)?.affine(0.1, seed.into());
+        let table =
+            |rows: usize, seed: f32| Tensor::arange(0f32, (rows * 3) as f32, &Device::Cpu)?.affine(0.1, seed.into());
         let first = RelativeBias::new(&table(8, 0.3)?.reshape((8, 3))?, buckets)?;
         let second = RelativeBias::new(&table(12, -0.7)?.reshape((12, 3))?, other)?;
         let seq = 37;
         let counted: Vec<Vec<i64>> = vec![(0..seq).collect(); 2];
-        let places: Vec<Vec<i64>> = (0..2).map(|item| (0..seq).map(|i| (i * i * 7 + item * 31) % 1001).collect()).collect();
+        let places: Vec<Vec<i64>> =
+            (0..2).map(|item| (0..seq).map(|i| (i * i * 7 + item * 31) % 1001).collect()).collect();
         let sum = sum_of_biases(&[(&first, &counted), (&second, &places)], 0.25)?;
         assert_eq!(sum.dims(), [2, 3, 37, 37]);
         let seq = seq as usize;

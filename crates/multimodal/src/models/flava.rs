@@ -32,7 +32,11 @@ const RULES: &[AliasRule] = &[
     // integer buffers
     AliasRule::drop(r"\.(position_ids|token_type_ids)$", AliasScope::Always),
     // the same bias under two names
-    AliasRule::rename(r"^(mim_head|mlm_head|mmm_image_head|mmm_text_head)\.bias$", "$1.decoder.bias", AliasScope::Always),
+    AliasRule::rename(
+        r"^(mim_head|mlm_head|mmm_image_head|mmm_text_head)\.bias$",
+        "$1.decoder.bias",
+        AliasScope::Always,
+    ),
     // FlavaModel out of what FlavaForPreTraining saved, and the other way round
     AliasRule::drop(r"^(image_codebook|(mim|mlm|itm|mmm_image|mmm_text)_head)\.", AliasScope::Base),
     AliasRule::rename(r"^flava\.", "", AliasScope::Base),
@@ -435,7 +439,8 @@ impl Encoders {
         let image = self.image_to_mm_projection.forward(&image.last.contiguous()?)?;
         let text = self.text_to_mm_projection.forward(&text.last.contiguous()?)?;
         let (batch, _, hidden) = image.dims3()?;
-        let token = self.multimodal_cls_token.as_ref().map(|token| token.broadcast_as((batch, 1, hidden))).transpose()?;
+        let token =
+            self.multimodal_cls_token.as_ref().map(|token| token.broadcast_as((batch, 1, hidden))).transpose()?;
         let parts: Vec<&Tensor> = token.iter().chain([&image, &text]).collect();
         let x = Tensor::cat(&parts, 1)?;
         let mask = match attention_mask {
@@ -555,7 +560,13 @@ impl ImageCodebook {
         Ok(Self {
             input: Conv2d::load(cfg.input_channels, cfg.hidden_size, input, true, vb.pp("input"))?,
             groups: GROUPS.into_iter().enumerate().map(group).collect::<Result<_>>()?,
-            output: Conv2d::load(8 * cfg.hidden_size, cfg.vocab_size, Conv2dConfig::new(1), true, vb.pp("output.conv"))?,
+            output: Conv2d::load(
+                8 * cfg.hidden_size,
+                cfg.vocab_size,
+                Conv2dConfig::new(1),
+                true,
+                vb.pp("output.conv"),
+            )?,
         })
     }
 
@@ -577,10 +588,19 @@ impl ImageCodebook {
         let conv = |size: [usize; 2], channels: [usize; 2], kernel: u64| {
             let [in_channels, out_channels] = channels.map(|n| n as u64);
             let output = size.map(|n| n as u64);
-            cost::Conv2d { batch: batch as u64, in_channels, out_channels, kernel: [kernel; 2], groups: 1, output, bias: true }
-                .cost(bytes)
+            cost::Conv2d {
+                batch: batch as u64,
+                in_channels,
+                out_channels,
+                kernel: [kernel; 2],
+                groups: 1,
+                output,
+                bias: true,
+            }
+            .cost(bytes)
         };
-        let each = |size: [usize; 2], channels: usize| cost::elementwise((batch * size[0] * size[1] * channels) as u64, 1);
+        let each =
+            |size: [usize; 2], channels: usize| cost::elementwise((batch * size[0] * size[1] * channels) as u64, 1);
         let mut total = cost::input((batch * cfg.input_channels * height * width) as u64, bytes)
             + conv([height, width], [cfg.input_channels, cfg.hidden_size], 7);
         let mut size = [height, width];
@@ -626,7 +646,8 @@ impl Heads {
         };
         let image_head =
             |name: &str| predict(image.hidden_size, image.vocab_size, image.hidden_act, image.layer_norm_eps, name);
-        let text_head = |name: &str| predict(text.hidden_size, text.vocab_size, text.hidden_act, text.layer_norm_eps, name);
+        let text_head =
+            |name: &str| predict(text.hidden_size, text.vocab_size, text.hidden_act, text.layer_norm_eps, name);
         Ok(Self {
             mim_head: image_head("mim_head")?,
             mlm_head: text_head("mlm_head")?,
@@ -638,11 +659,18 @@ impl Heads {
     }
 }
 
-/// The class of a checkpoint.
+/// The layers of a class.
 enum Class {
-    Model { cfg: FlavaConfig, encoders: Encoders },
-    PreTraining { cfg: FlavaConfig, encoders: Encoders, heads: Heads },
-    Codebook { cfg: FlavaImageCodebookConfig, codebook: ImageCodebook },
+    /// `FlavaForPreTraining` has heads.
+    Encoders {
+        cfg: Box<FlavaConfig>,
+        encoders: Box<Encoders>,
+        heads: Option<Box<Heads>>,
+    },
+    Codebook {
+        cfg: FlavaImageCodebookConfig,
+        codebook: ImageCodebook,
+    },
 }
 
 /// One of the [`CLASSES`].
@@ -661,16 +689,17 @@ impl FlavaModel {
     pub fn load(spec: &ModelSpec, vb: VarBuilder) -> Result<Self, SessionError> {
         let class = match spec.class.as_str() {
             "FlavaModel" => {
-                let cfg = FlavaConfig::from_spec(spec)?;
-                Class::Model { encoders: Encoders::load(&cfg, vb)?, cfg }
+                let cfg = Box::new(FlavaConfig::from_spec(spec)?);
+                Class::Encoders { encoders: Box::new(Encoders::load(&cfg, vb)?), heads: None, cfg }
             }
             "FlavaForPreTraining" => {
-                let cfg = FlavaConfig::from_spec(spec)?;
+                let cfg = Box::new(FlavaConfig::from_spec(spec)?);
                 if cfg.init_codebook {
                     // held by the class for its losses alone
                     ImageCodebook::load(&cfg.image_codebook_config, vb.pp("image_codebook"))?;
                 }
-                Class::PreTraining { encoders: Encoders::load(&cfg, vb.pp("flava"))?, heads: Heads::load(&cfg, vb)?, cfg }
+                let encoders = Box::new(Encoders::load(&cfg, vb.pp("flava"))?);
+                Class::Encoders { encoders, heads: Some(Box::new(Heads::load(&cfg, vb)?)), cfg }
             }
             "FlavaImageCodebook" => {
                 let cfg = match spec.config.get("image_codebook_config") {
@@ -742,7 +771,9 @@ impl FlavaModel {
             (Some([plain_image, image]), Some([plain_text, text])) => {
                 let pair = encoders.join(image, text, arguments.attention_mask())?;
                 let (x, words) = (&pair.normed, text.normed.dim(1)?);
-                give("itm_logits", cfg.itm_weight, &|| heads.itm_seq_relationship.forward(&heads.itm_pooler.forward(x)?))?;
+                give("itm_logits", cfg.itm_weight, &|| {
+                    heads.itm_seq_relationship.forward(&heads.itm_pooler.forward(x)?)
+                })?;
                 give("mmm_image_logits", cfg.mmm_image_weight, &|| {
                     let [begin, count] = mmm_image_rows(cfg, x.dim(1)?);
                     heads.mmm_image_head.forward(&x.narrow(1, begin, count)?.contiguous()?)
@@ -847,7 +878,8 @@ impl<'a> Arguments<'a> {
             let (_, _, height, width) = pixel_values.dims4()?;
             let HeightWidth { height: rows, width: columns } = image.image_size;
             if (height, width) != (rows, columns) {
-                let reason = format!("is {height} x {width} pixels, image_size is {rows} x {columns}; resize the pictures");
+                let reason =
+                    format!("is {height} x {width} pixels, image_size is {rows} x {columns}; resize the pictures");
                 return Err(SessionError::input("pixel_values", reason));
             }
         }
@@ -935,9 +967,12 @@ fn codebook_pixels<'a>(cfg: &FlavaImageCodebookConfig, call: &'a Call) -> Result
 impl Session for FlavaModel {
     fn call(&mut self, call: &Call, observer: &mut dyn Observer) -> Result<Tensors, SessionError> {
         let outputs = match &self.class {
-            Class::Model { cfg, encoders } => self.encode(encoders, &Arguments::read(cfg, false, call)?)?,
-            Class::PreTraining { cfg, encoders, heads } => {
-                self.predict(cfg, encoders, heads, &Arguments::read(cfg, true, call)?)?
+            Class::Encoders { cfg, encoders, heads } => {
+                let arguments = Arguments::read(cfg, heads.is_some(), call)?;
+                match heads {
+                    None => self.encode(encoders, &arguments)?,
+                    Some(heads) => self.predict(cfg, encoders, heads, &arguments)?,
+                }
             }
             Class::Codebook { cfg, codebook } => {
                 let logits = codebook.forward(&self.pixels(codebook_pixels(cfg, call)?)?)?;
@@ -951,8 +986,8 @@ impl Session for FlavaModel {
     fn cost(&self, call: &Call) -> Result<Vec<PhaseCost>, SessionError> {
         let bytes = self.dtype.size_in_bytes() as u64;
         let cost = match &self.class {
-            Class::Model { cfg, .. } => model_cost(cfg, &Arguments::read(cfg, false, call)?, bytes)?,
-            Class::PreTraining { cfg, .. } => pretraining_cost(cfg, &Arguments::read(cfg, true, call)?, bytes)?,
+            Class::Encoders { cfg, heads: None, .. } => model_cost(cfg, &Arguments::read(cfg, false, call)?, bytes)?,
+            Class::Encoders { cfg, .. } => pretraining_cost(cfg, &Arguments::read(cfg, true, call)?, bytes)?,
             Class::Codebook { cfg, .. } => {
                 let (batch, _, height, width) = codebook_pixels(cfg, call)?.dims4()?;
                 ImageCodebook::cost(cfg, batch, [height, width], bytes)
@@ -981,7 +1016,8 @@ fn model_cost(cfg: &FlavaConfig, arguments: &Arguments, bytes: u64) -> Result<Co
 /// FLOPs and bytes of one forward pass of `FlavaForPreTraining`, what is masked and what is not.
 fn pretraining_cost(cfg: &FlavaConfig, arguments: &Arguments, bytes: u64) -> Result<Cost> {
     let (pictures, words) = (arguments.pictures()?, arguments.words()?);
-    let (images, texts) = (1 + usize::from(arguments.masked.is_some()), 1 + usize::from(arguments.masked_text.is_some()));
+    let (images, texts) =
+        (1 + usize::from(arguments.masked.is_some()), 1 + usize::from(arguments.masked_text.is_some()));
     let image = pictures.map_or(Cost::default(), |batch| Encoders::image_cost(cfg, batch, images, bytes));
     let text = words.map_or(Cost::default(), |shape| Encoders::text_cost(cfg, shape, texts, bytes));
     let when = |weight: f64, cost: Cost| if weight > 0.0 { cost } else { Cost::default() };
@@ -1020,7 +1056,8 @@ mod tests {
     use super::*;
 
     fn spec(class: &str, changes: Value) -> ModelSpec {
-        let encoder = json!({"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 6});
+        let encoder =
+            json!({"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 6});
         let part = |more: Value| {
             let mut part = encoder.clone();
             part.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
@@ -1080,10 +1117,14 @@ mod tests {
             let found = message("FlavaModel", changes, &plain);
             assert!(found.starts_with(start), "{found}");
         }
-        assert_eq!(message("FlavaModel", json!({"text_config": null, "image_config": null}), &Call {
-            inputs: [("input_ids".into(), plain.inputs["input_ids"].clone())].into(),
-            ..plain.clone()
-        }), "");
+        assert_eq!(
+            message(
+                "FlavaModel",
+                json!({"text_config": null, "image_config": null}),
+                &Call { inputs: [("input_ids".into(), plain.inputs["input_ids"].clone())].into(), ..plain.clone() }
+            ),
+            ""
+        );
 
         let error = message("FlavaForPreTraining", json!({}), &plain);
         assert!(error.starts_with("input `return_loss`: true is not supported"), "{error}");
@@ -1092,7 +1133,9 @@ mod tests {
         let error = message("FlavaForPreTraining", json!({"hidden_size": 6}), &without);
         assert!(error.starts_with("config.json: `multimodal_config.hidden_size`: 4 is not that of"), "{error}");
         let mut small = plain.clone();
-        small.inputs.insert("pixel_values".into(), Tensor::zeros((1, 1, 4, 2), DType::F32, &Device::Cpu).expect("zeros"));
+        small
+            .inputs
+            .insert("pixel_values".into(), Tensor::zeros((1, 1, 4, 2), DType::F32, &Device::Cpu).expect("zeros"));
         assert!(message("FlavaModel", json!({}), &small).starts_with("input `pixel_values`: is 4 x 2 pixels"));
         small.inputs.clear();
         assert!(message("FlavaModel", json!({}), &small).starts_with("input `input_ids`: is missing, and so is"));
@@ -1101,7 +1144,8 @@ mod tests {
     /// Four groups of one block, 4 channels to 32, over a picture of 8 x 8 pixels.
     #[test]
     fn cost_of_a_codebook_by_hand() {
-        let cfg = FlavaConfig::from_spec(&spec("FlavaImageCodebook", json!({}))).expect("a config").image_codebook_config;
+        let cfg =
+            FlavaConfig::from_spec(&spec("FlavaImageCodebook", json!({}))).expect("a config").image_codebook_config;
         let conv = |pixels: u64, input: u64, output: u64, taps: u64| pixels * output * (2 * input * taps + 1);
         // activation, three narrowing and one widening convolution with activations between, sum
         let block = |pixels: u64, input: u64, output: u64| {

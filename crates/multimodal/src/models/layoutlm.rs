@@ -268,9 +268,13 @@ enum HeadKind {
     Pooler,
     MaskedLm,
     /// Labels of the page.
-    Page { labels: usize },
+    Page {
+        labels: usize,
+    },
     /// Labels of every word.
-    Words { labels: usize },
+    Words {
+        labels: usize,
+    },
     Answer,
 }
 
@@ -303,7 +307,13 @@ enum Head {
 
 impl Head {
     /// `vb` is the checkpoint's root, `layoutlm` the encoder's part of it.
-    fn load(kind: HeadKind, cfg: &LayoutLmConfig, vb: VarBuilder, layoutlm: VarBuilder, words: &Embedding) -> Result<Self> {
+    fn load(
+        kind: HeadKind,
+        cfg: &LayoutLmConfig,
+        vb: VarBuilder,
+        layoutlm: VarBuilder,
+        words: &Embedding,
+    ) -> Result<Self> {
         let pooler = || Pooler::load(cfg.hidden_size, layoutlm.pp("pooler"));
         let linear = |labels: usize, name: &str| Linear::load(cfg.hidden_size, labels, true, vb.pp(name));
         // every class has a pooler, whether its state is used or not
@@ -463,7 +473,9 @@ mod tests {
         assert_eq!(read(json!({})), "");
         assert!(read(json!({"position_embedding_type": "relative_key"})).contains("`position_embedding_type`"));
         assert!(read(json!({"num_attention_heads": 7})).contains("`hidden_size`: 768 is not a multiple of"));
-        assert!(read(json!({"max_2d_position_embeddings": 0})).contains("`max_2d_position_embeddings`: 0 is not in 1..="));
+        assert!(
+            read(json!({"max_2d_position_embeddings": 0})).contains("`max_2d_position_embeddings`: 0 is not in 1..=")
+        );
         let class = |class, config| message(HeadKind::of(&spec(class, config)));
         assert!(class("LayoutLMForQuestionAnswering", json!({"num_labels": 3})).contains("`num_labels`: 3 is not 2"));
         assert_eq!(class("LayoutLMForQuestionAnswering", json!({})), "");
@@ -501,7 +513,8 @@ mod tests {
         assert_eq!(flops(HeadKind::Words { labels: 7 }), encoder - pooler + 128 * (2 * 768 * 7 + 7));
         assert_eq!(flops(HeadKind::Answer), encoder - pooler + 128 * (2 * 768 * 2 + 2));
         // of the last layer only keys and values of 127 rows are made
-        let rest = 127 * (2 * 768 * (2 * 768 + 2 * 3072) + 2 * 768 + 4 * 768 + 2 * 3072 + 2 * 7 * 768 + 128 * 12 * (4 * 64 + 5));
+        let rest = 127
+            * (2 * 768 * (2 * 768 + 2 * 3072) + 2 * 768 + 4 * 768 + 2 * 3072 + 2 * 7 * 768 + 128 * 12 * (4 * 64 + 5));
         assert_eq!(flops(HeadKind::Page { labels: 7 }), encoder + 2 * 768 * 7 + 7 - rest);
     }
 

@@ -301,11 +301,15 @@ impl Biases {
 enum HeadKind {
     None,
     /// Labels of every word.
-    Words { labels: usize },
+    Words {
+        labels: usize,
+    },
     /// Start and end of an answer, among all rows.
     Answer,
     /// Labels of the page.
-    Page { labels: usize },
+    Page {
+        labels: usize,
+    },
 }
 
 impl HeadKind {
@@ -455,7 +459,9 @@ impl<'a> Page<'a> {
         let needed = matches!(kind, HeadKind::Words { .. }) || !inputs.has("pixel_values");
         let text = match inputs.has("input_ids") || needed {
             false => None,
-            true if !cfg.text_embed => return Err(SessionError::input("input_ids", "text_embed is false in config.json")),
+            true if !cfg.text_embed => {
+                return Err(SessionError::input("input_ids", "text_embed is false in config.json"));
+            }
             true => {
                 let mut ids = TokenIds::of(&cfg.bert(), &inputs, "input_ids")?;
                 if !inputs.has("position_ids") {
@@ -467,15 +473,15 @@ impl<'a> Page<'a> {
                         cfg.max_position_embeddings,
                     )?;
                 }
-                let boxes =
-                    Boxes::read(&inputs, &ids.input_ids, cfg.max_2d_position_embeddings, Some(LARGEST_BOX))?;
+                let boxes = Boxes::read(&inputs, &ids.input_ids, cfg.max_2d_position_embeddings, Some(LARGEST_BOX))?;
                 Some((ids, boxes))
             }
         };
         if text.is_none()
-            && let Some(name) = ["bbox", "attention_mask", "token_type_ids", "position_ids"].iter().find(|name| inputs.has(name))
+            && let Some(name) =
+                ["bbox", "attention_mask", "token_type_ids", "position_ids"].iter().find(|name| inputs.has(name))
         {
-            return Err(SessionError::input(*name, "needs input_ids"));
+            return Err(SessionError::input(name, "needs input_ids"));
         }
         let pixel_values = match inputs.has("pixel_values") {
             false => None,
@@ -516,7 +522,9 @@ impl<'a> Page<'a> {
     /// Which words exist, and the bias.
     fn mask(&self, cfg: &LayoutLmV3Config, bias: Option<Tensor>) -> Result<Option<Mask>> {
         let biased = bias.as_ref().map(Mask::additive).transpose()?;
-        let Some(words) = self.text.as_ref().and_then(|(ids, _)| ids.attention_mask.as_ref()) else { return Ok(biased) };
+        let Some(words) = self.text.as_ref().and_then(|(ids, _)| ids.attention_mask.as_ref()) else {
+            return Ok(biased);
+        };
         let all = match self.pixel_values {
             Some(_) => {
                 let page = Tensor::ones((self.batch, cfg.page_rows()), words.dtype(), words.device())?;
@@ -701,11 +709,21 @@ mod tests {
         let text = (2 + 7 + 1) * 3 * 6; // two additions and the norm, places added
         let page = 2 * (4 * 6) * 4 + 4 * 6 + (1 + 7) * 5 * 6 + 7 * 8 * 6; // patches, positions, norm, norm of all
         let bias = 3 * 2 * 64;
-        let layer = 2 * 8 * 6 * 18 + 8 * 18
-            + 4 * (2 * 64) * 3 + 5 * 2 * 64
-            + 2 * 8 * 6 * 6 + 8 * 6 + 48 + 7 * 48
-            + 2 * 8 * 6 * 5 + 8 * 5 + 40
-            + 2 * 8 * 5 * 6 + 8 * 6 + 48 + 7 * 48;
+        let layer = 2 * 8 * 6 * 18
+            + 8 * 18
+            + 4 * (2 * 64) * 3
+            + 5 * 2 * 64
+            + 2 * 8 * 6 * 6
+            + 8 * 6
+            + 48
+            + 7 * 48
+            + 2 * 8 * 6 * 5
+            + 8 * 5
+            + 40
+            + 2 * 8 * 5 * 6
+            + 8 * 6
+            + 48
+            + 7 * 48;
         let flops = |kind| forward_cost(&cfg, kind, [1, 3], Some([4, 4]), 4).flops;
         assert_eq!(flops(HeadKind::None), text + page + bias + layer);
         assert_eq!(flops(HeadKind::Answer) - flops(HeadKind::None), 8 * (2 * 36 + 6 + 6 + 2 * 6 * 2 + 2));

@@ -232,7 +232,11 @@ impl VisualEmbeddings {
         let mut x = self.patch_embeddings.forward(pixel_values)?; // (items, patches, hidden)
         let all = patches.grid[0] * patches.grid[1];
         if !patches.are_all() {
-            let rows = patches.taken.iter().enumerate().flat_map(|(item, taken)| taken.iter().map(move |row| item * all + row));
+            let rows = patches
+                .taken
+                .iter()
+                .enumerate()
+                .flat_map(|(item, taken)| taken.iter().map(move |row| item * all + row));
             x = gather(&x, &RowIndex::new(items * all, (items, patches.length), rows.map(Some))?)?;
         }
         // for each kind of picture the class token's row, that of padding, and those of its patches
@@ -250,7 +254,8 @@ impl VisualEmbeddings {
         let rows = (0..items).flat_map(|item| patches.taken[item].iter().map(move |patch| (item, *patch)));
         let rows = rows.map(|(item, patch)| Some(place(item, patch)));
         let places = gather(&table, &RowIndex::new(table.dim(0)?, (items, patches.length), rows)?)?;
-        let class = gather(&table, &RowIndex::new(table.dim(0)?, (items, 1), (0..items).map(|item| Some(of_item(item))))?)?;
+        let class =
+            gather(&table, &RowIndex::new(table.dim(0)?, (items, 1), (0..items).map(|item| Some(of_item(item))))?)?;
         roofbench_nn::cost::elementwise(x.elem_count(), 1);
         Ok([class, (x + places)?])
     }
@@ -301,7 +306,13 @@ struct Patches {
 
 impl Patches {
     /// `mask` is (items, height, width); without one, every patch is a picture's own.
-    fn new(cfg: &ViltConfig, items: usize, images: usize, grid: [usize; 2], mask: Option<&Tensor>) -> Result<Self, SessionError> {
+    fn new(
+        cfg: &ViltConfig,
+        items: usize,
+        images: usize,
+        grid: [usize; 2],
+        mask: Option<&Tensor>,
+    ) -> Result<Self, SessionError> {
         let [rows, columns] = grid;
         let wrong = |item: usize, reason: &str| SessionError::input("pixel_mask", format!("item {item} {reason}"));
         let mut sizes = vec![grid; items];
@@ -319,7 +330,10 @@ impl Patches {
                     (0..columns).filter(|column| keeps(0, *column)).count(),
                 ];
                 if sizes[item].contains(&0) {
-                    return Err(wrong(item, "masks the first row or column of patches; a picture begins at the top left"));
+                    return Err(wrong(
+                        item,
+                        "masks the first row or column of patches; a picture begins at the top left",
+                    ));
                 }
                 (kept[item], padding[item]) = (0..rows * columns).partition(is_own);
             }
@@ -364,11 +378,18 @@ enum HeadKind {
     Pooler,
     MaskedLm,
     /// Answers to a question about one picture.
-    Answers { labels: usize },
+    Answers {
+        labels: usize,
+    },
     Retrieval,
     /// Labels of a text about so many pictures.
-    Images { labels: usize, images: usize },
-    Tokens { labels: usize },
+    Images {
+        labels: usize,
+        images: usize,
+    },
+    Tokens {
+        labels: usize,
+    },
 }
 
 impl HeadKind {
@@ -381,7 +402,9 @@ impl HeadKind {
             "ViltForImageAndTextRetrieval" => Ok(Self::Retrieval),
             "ViltForTokenClassification" => Ok(Self::Tokens { labels: labels()? }),
             "ViltForImagesAndTextClassification" => match usize::try_from(cfg.num_images) {
-                Ok(images @ 1..) if images < cfg.modality_type_vocab_size => Ok(Self::Images { labels: labels()?, images }),
+                Ok(images @ 1..) if images < cfg.modality_type_vocab_size => {
+                    Ok(Self::Images { labels: labels()?, images })
+                }
                 _ => {
                     let reason = format!(
                         "{} is not in 1..modality_type_vocab_size = {}",
@@ -419,14 +442,30 @@ enum Head {
     Pooler(Pooler),
     MaskedLm(PredictionHead),
     /// The pooled state, or those of all pictures, through two layers.
-    Classifier { pooler: Pooler, dense: Linear, norm: LayerNorm, output: Linear },
-    Retrieval { pooler: Pooler, rank_output: Linear },
-    Tokens { classifier: Linear },
+    Classifier {
+        pooler: Pooler,
+        dense: Linear,
+        norm: LayerNorm,
+        output: Linear,
+    },
+    Retrieval {
+        pooler: Pooler,
+        rank_output: Linear,
+    },
+    Tokens {
+        classifier: Linear,
+    },
 }
 
 impl Head {
     /// `vb` is the checkpoint's root, `vilt` the encoder's part of it.
-    fn load(kind: HeadKind, cfg: &ViltConfig, vb: VarBuilder, vilt: VarBuilder, text: &bert::Embeddings) -> Result<Self> {
+    fn load(
+        kind: HeadKind,
+        cfg: &ViltConfig,
+        vb: VarBuilder,
+        vilt: VarBuilder,
+        text: &bert::Embeddings,
+    ) -> Result<Self> {
         let hidden = cfg.hidden_size;
         let pooler = || Pooler::load(hidden, vilt.pp("pooler"));
         Ok(match kind {
@@ -449,10 +488,9 @@ impl Head {
                     output: Linear::load(inner, labels, true, vb.pp("classifier.3"))?,
                 }
             }
-            HeadKind::Retrieval => Self::Retrieval {
-                pooler: pooler()?,
-                rank_output: Linear::load(hidden, 1, true, vb.pp("rank_output"))?,
-            },
+            HeadKind::Retrieval => {
+                Self::Retrieval { pooler: pooler()?, rank_output: Linear::load(hidden, 1, true, vb.pp("rank_output"))? }
+            }
             HeadKind::Tokens { labels } => {
                 Self::Tokens { classifier: Linear::load(hidden, labels, true, vb.pp("classifier"))? }
             }
@@ -552,29 +590,33 @@ impl Pairs {
         let inputs = Inputs::forward(call, &known, &[])?;
         let ids = TokenIds::of(&cfg.bert(), &inputs, "input_ids")?;
         let (batch, images) = (ids.input_ids.dim(0)?, kind.images());
-        let Some(pixel_values) = call.inputs.get("pixel_values") else {
-            return Err(SessionError::input("pixel_values", "is missing"));
+        let Some(pixel_values) = call.inputs.get("pixel_values").filter(|values| values.rank() > 0) else {
+            return Err(SessionError::input("pixel_values", "is missing, or has no shape"));
         };
-        let several = pixel_values.rank() == 5;
-        let (shape, frame) = pixel_values.dims().split_at(pixel_values.rank().min(if several { 2 } else { 1 }));
-        let expected = if several { &[batch, images][..] } else { &[batch] };
-        let &[channels, height, width] = frame else {
-            let reason = format!("has shape {:?}, expected (batch, channels, height, width)", pixel_values.dims());
-            return Err(SessionError::input("pixel_values", reason));
+        // one picture to a text, or, for the class that takes several, a row of them
+        let row = matches!(kind, HeadKind::Images { .. }) && pixel_values.rank() == 5;
+        let (shape, frame) = pixel_values.dims().split_at(if row { 2 } else { 1 });
+        let expected = if row { &[batch, images][..] } else { &[batch] };
+        let sizes = match *frame {
+            [channels, height, width] if shape == expected && (row || images == 1) => Some([channels, height, width]),
+            _ => None,
         };
-        let fits = shape == expected && (several || images == 1) && !(several && !matches!(kind, HeadKind::Images { .. }));
-        let grid = [height / cfg.patch_size, width / cfg.patch_size];
-        if !fits || channels != cfg.num_channels || grid.contains(&0) || !pixel_values.dtype().is_float() {
-            let of = if matches!(kind, HeadKind::Images { .. }) { format!("batch = {batch}, {images}") } else { format!("batch = {batch}") };
+        let fits = |[channels, height, width]: &[usize; 3]| {
+            *channels == cfg.num_channels && *height.min(width) >= cfg.patch_size && pixel_values.dtype().is_float()
+        };
+        let Some([channels, height, width]) = sizes.filter(fits) else {
             let reason = format!(
-                "is {:?} of shape {:?}, expected floats ({of}, channels = {}, height, width), a patch of {} or more",
+                "is {:?} of shape {:?}, expected floats (batch = {batch}, {}channels = {}, height, width), a patch of {} \
+                 or more",
                 pixel_values.dtype(),
                 pixel_values.dims(),
+                if images > 1 { format!("images = {images}, ") } else { String::new() },
                 cfg.num_channels,
                 cfg.patch_size
             );
             return Err(SessionError::input("pixel_values", reason));
-        }
+        };
+        let grid = [height / cfg.patch_size, width / cfg.patch_size];
         let items = batch * images;
         let pixel_values = pixel_values.reshape((items, channels, height, width))?;
         let mask = match call.inputs.get("pixel_mask") {
@@ -660,9 +702,8 @@ fn forward_cost(cfg: &ViltConfig, kind: HeadKind, pairs: &Pairs, bytes: u64) -> 
     let rows = kind.rows(words);
     let read = items * rows.unwrap_or(seq);
 
-    let linear = |rows: usize, input: usize, output: usize| {
-        cost::linear(rows as u64, input as u64, output as u64, true, bytes)
-    };
+    let linear =
+        |rows: usize, input: usize, output: usize| cost::linear(rows as u64, input as u64, output as u64, true, bytes);
     let norm = |rows: usize, width: usize| cost::norm(Norm::Layer, rows as u64, width as u64, bytes);
     let pooler = || Pooler::cost(items, hidden, bytes);
     let head = match kind {
@@ -748,7 +789,10 @@ mod tests {
         assert_eq!(own, &[4, 3]);
         assert!(!pairs.patches.are_all());
         let limited = read("ViltModel", json!({"max_image_length": 2}), &call).expect("a call");
-        assert_eq!((&limited.patches.taken[..], &limited.patches.own[..]), (&[vec![0, 1], vec![0, 1]][..], &[2, 2][..]));
+        assert_eq!(
+            (&limited.patches.taken[..], &limited.patches.own[..]),
+            (&[vec![0, 1], vec![0, 1]][..], &[2, 2][..])
+        );
         let whole = read("ViltModel", json!({}), &self::call(2, &[2, 1, 4, 6], None)).expect("a call");
         assert!(whole.patches.are_all());
         assert_eq!(whole.patches.kinds(), [Kind { size: [2, 3], modality: 1 }]);
@@ -770,13 +814,17 @@ mod tests {
         let class = "ViltForImagesAndTextClassification";
         assert!(message(read(class, json!({}), &one)).starts_with("config.json: `num_images`: -1 is not in 1.."));
         let two = json!({"num_images": 2, "modality_type_vocab_size": 3});
-        assert!(message(read(class, two.clone(), &one)).starts_with("input `pixel_values`: is F32 of shape [1, 1, 4, 4]"));
+        assert!(
+            message(read(class, two.clone(), &one)).starts_with("input `pixel_values`: is F32 of shape [1, 1, 4, 4]")
+        );
         assert_eq!(message(read(class, two, &call(2, &[1, 2, 1, 4, 4], None))), "");
         assert!(message(read("ViltForPreTraining", json!({}), &one)).contains("`ViltForPreTraining` is not supported"));
 
         let error = message(read("ViltModel", json!({}), &call(2, &[1, 1, 1, 4], None)));
         assert!(error.starts_with("input `pixel_values`: is F32 of shape [1, 1, 1, 4]"), "{error}");
-        assert!(message(read("ViltModel", json!({}), &call(7, &[1, 1, 4, 4], None))).contains("max_position_embeddings"));
+        assert!(
+            message(read("ViltModel", json!({}), &call(7, &[1, 1, 4, 4], None))).contains("max_position_embeddings")
+        );
         let nothing = Tensor::zeros((1, 4, 4), DType::I64, &Device::Cpu).expect("a mask");
         let error = message(read("ViltModel", json!({}), &call(2, &[1, 1, 4, 4], Some(&nothing))));
         assert!(error.starts_with("input `pixel_mask`: item 0 masks the first row"), "{error}");

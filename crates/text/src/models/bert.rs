@@ -468,7 +468,15 @@ impl BertModel {
         let encoder = Encoder::load(&cfg, false, bert.pp("encoder"))?;
         let head = Head::load(kind, &cfg, vb, bert.clone(), &embeddings.word_embeddings)?;
         let bytes_per_element = spec.dtype.size_in_bytes() as u64;
-        Ok(Self { cfg, embeddings, encoder, head, kind, bytes_per_element, paths: isa::paths(&spec.device, spec.dtype) })
+        Ok(Self {
+            cfg,
+            embeddings,
+            encoder,
+            head,
+            kind,
+            bytes_per_element,
+            paths: isa::paths(&spec.device, spec.dtype),
+        })
     }
 
     fn forward(&self, ids: &TokenIds) -> Result<Tensors> {
