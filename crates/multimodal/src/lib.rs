@@ -43,6 +43,7 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
+pub mod flava_processor;
 pub mod models;
 
 pub use candle_core;
@@ -54,18 +55,21 @@ pub use roofbench_core::session::{
 pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, WeightsError};
 pub use serde_json;
 
-use models::{blip, clip, upstream};
+use models::{blip, clip, flava, layoutlm, upstream, vilt};
 use roofbench_core::config;
 use roofbench_vision::preprocess::ImageProcessor;
 
 /// The families of the catalog that this crate runs.
-pub const FAMILIES: &[&str] = &["clip", "blip"];
+pub const FAMILIES: &[&str] = &["clip", "blip", "vilt", "flava", "layoutlm"];
 
 /// The `transformers` classes of `family` that run; none for a family that is not one of [`FAMILIES`].
 pub fn classes(family: &str) -> &'static [&'static str] {
     match family {
         "clip" => clip::CLASSES,
         "blip" => blip::CLASSES,
+        "vilt" => vilt::CLASSES,
+        "flava" => flava::CLASSES,
+        "layoutlm" => layoutlm::CLASSES,
         _ => &[],
     }
 }
@@ -75,6 +79,9 @@ pub fn aliases(spec: &ModelSpec) -> &'static [AliasRule] {
     match spec.family.as_str() {
         "clip" => clip::ALIASES,
         "blip" => blip::ALIASES,
+        "vilt" => vilt::aliases(spec),
+        "flava" => flava::aliases(spec),
+        "layoutlm" => layoutlm::aliases(spec),
         _ => &[],
     }
 }
@@ -93,6 +100,9 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
         ("clip", Engine::CandleTransformers) => Ok(Box::new(upstream::StockClip::load(spec, vb)?)),
         ("blip", Engine::Roofbench) => blip::load(spec, vb),
         ("blip", Engine::CandleTransformers) => Ok(Box::new(upstream::StockBlip::load(spec, vb)?)),
+        ("vilt", Engine::Roofbench) => Ok(Box::new(vilt::ViltModel::load(spec, vb)?)),
+        ("flava", Engine::Roofbench) => Ok(Box::new(flava::FlavaModel::load(spec, vb)?)),
+        ("layoutlm", Engine::Roofbench) => layoutlm::load(spec, vb),
         (family, Engine::CandleTransformers) if FAMILIES.contains(&family) => Err(SessionError::UnsupportedEngine {
             family: family.to_owned(),
             reason: "candle-transformers is not wrapped for it; use --engine roofbench".to_owned(),
@@ -107,13 +117,14 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
 /// # Errors
 /// Names the family, or the field of `preprocessor_config.json` at fault.
 pub fn processor(family: &str, configs: &BTreeMap<String, Value>) -> Result<Box<dyn Processor>, SessionError> {
-    match family {
-        "clip" | "blip" => {
-            let config = roofbench_vision::preprocessor_config(configs)?;
-            Ok(Box::new(ImageProcessor::from_config(config, family)?))
-        }
-        _ => Err(unknown_family(family)),
+    if !FAMILIES.contains(&family) {
+        return Err(unknown_family(family));
     }
+    let config = roofbench_vision::preprocessor_config(configs)?;
+    Ok(match family {
+        "flava" => Box::new(flava_processor::FlavaProcessor::from_config(config)?),
+        _ => Box::new(ImageProcessor::from_config(config, family)?),
+    })
 }
 
 fn unknown_family(family: &str) -> SessionError {

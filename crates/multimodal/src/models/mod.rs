@@ -7,7 +7,11 @@ use roofbench_core::session::{Phase, Result, Tensors};
 pub mod blip;
 pub mod clip;
 pub mod encoder_layer;
+pub mod flava;
+pub mod layoutlm;
+pub mod layoutlmv3;
 pub(crate) mod upstream;
+pub mod vilt;
 pub mod vision_tower;
 
 /// The outputs of a class by their names.
