@@ -512,9 +512,10 @@ mod tests {
         let pooler = 2 * 768 * 768 + 2 * 768;
         assert_eq!(flops(HeadKind::Words { labels: 7 }), encoder - pooler + 128 * (2 * 768 * 7 + 7));
         assert_eq!(flops(HeadKind::Answer), encoder - pooler + 128 * (2 * 768 * 2 + 2));
-        // of the last layer only keys and values of 127 rows are made
-        let rest = 127
-            * (2 * 768 * (2 * 768 + 2 * 3072) + 2 * 768 + 4 * 768 + 2 * 3072 + 2 * 7 * 768 + 128 * 12 * (4 * 64 + 5));
+        // of the last layer only keys and values of 127 rows are made; the others' four products, biases, residuals,
+        // activation, norms, and pairs with 128 keys in each of 12 heads of 64 are not
+        let products = 2 * 768 * (2 * 768 + 2 * 3072) + 3 * 768 + 3072;
+        let rest = 127 * (products + 2 * 768 + 3072 + 2 * 7 * 768 + 128 * 12 * (4 * 64 + 5));
         assert_eq!(flops(HeadKind::Page { labels: 7 }), encoder + 2 * 768 * 7 + 7 - rest);
     }
 
