@@ -19,18 +19,21 @@ pub use roofbench_core::session::{
 pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, WeightsError};
 pub use serde_json;
 
-use models::{blip, clip, upstream};
+use models::{blip, blip_2, clip, instructblip, llava, upstream};
 use roofbench_core::config;
 use roofbench_vision::preprocess::ImageProcessor;
 
 /// The families of the catalog that this crate runs.
-pub const FAMILIES: &[&str] = &["clip", "blip"];
+pub const FAMILIES: &[&str] = &["clip", "blip", "llava", "blip-2", "instructblip"];
 
 /// The `transformers` classes of `family` that run; none for a family that is not one of [`FAMILIES`].
 pub fn classes(family: &str) -> &'static [&'static str] {
     match family {
         "clip" => clip::CLASSES,
         "blip" => blip::CLASSES,
+        "llava" => llava::CLASSES,
+        "blip-2" => blip_2::CLASSES,
+        "instructblip" => instructblip::CLASSES,
         _ => &[],
     }
 }
@@ -40,6 +43,8 @@ pub fn aliases(spec: &ModelSpec) -> &'static [AliasRule] {
     match spec.family.as_str() {
         "clip" => clip::ALIASES,
         "blip" => blip::ALIASES,
+        "llava" => llava::aliases(spec),
+        "blip-2" | "instructblip" => blip_2::aliases(spec),
         _ => &[],
     }
 }
@@ -57,6 +62,9 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
         ("clip", Engine::Roofbench) => clip::load(spec, vb),
         ("clip", Engine::CandleTransformers) => Ok(Box::new(upstream::StockClip::load(spec, vb)?)),
         ("blip", Engine::Roofbench) => blip::load(spec, vb),
+        ("llava", Engine::Roofbench) => Ok(Box::new(llava::LlavaModel::load(spec, vb)?)),
+        ("blip-2", Engine::Roofbench) => blip_2::load(spec, vb),
+        ("instructblip", Engine::Roofbench) => instructblip::load(spec, vb),
         ("blip", Engine::CandleTransformers) => Ok(Box::new(upstream::StockBlip::load(spec, vb)?)),
         (family, Engine::CandleTransformers) if FAMILIES.contains(&family) => Err(SessionError::UnsupportedEngine {
             family: family.to_owned(),
@@ -73,7 +81,7 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
 /// Names the family, or the field of `preprocessor_config.json` at fault.
 pub fn processor(family: &str, configs: &BTreeMap<String, Value>) -> Result<Box<dyn Processor>, SessionError> {
     match family {
-        "clip" | "blip" => {
+        "clip" | "blip" | "llava" | "blip-2" | "instructblip" => {
             let config = roofbench_vision::preprocessor_config(configs)?;
             Ok(Box::new(ImageProcessor::from_config(config, family)?))
         }

@@ -5,8 +5,13 @@ use roofbench_core::cost::{self, Cost, PhaseCost};
 use roofbench_core::session::{Phase, Result, Tensors};
 
 pub mod blip;
+pub mod blip_2;
 pub mod clip;
 pub mod encoder_layer;
+pub mod instructblip;
+pub mod language_model;
+pub mod llava;
+pub mod qformer;
 pub(crate) mod upstream;
 pub mod vision_tower;
 
