@@ -3,6 +3,41 @@
 //! This crate deliberately does not know how a measurement is made or where a report goes: it prepares what a checkpoint's
 //! own processor config says, builds the model that config.json describes from the pieces of the text, vision and speech
 //! crates, and puts it behind [`Session`].
+//!
+//! A CLIP of a few thousand weights, made up from a seed, says which of two texts is nearer to a picture:
+//!
+//! ```
+//! use roofbench_multimodal::candle_core::{DType, Device, Tensor};
+//! use roofbench_multimodal::serde_json::json;
+//! use roofbench_multimodal::{Call, Engine, HubOptions, ModelSpec, Source, Unobserved, Weights, aliases, load};
+//!
+//! let tower = json!({"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2});
+//! let (mut text, mut vision) = (tower.clone(), tower);
+//! (text["vocab_size"], text["eos_token_id"]) = (30.into(), 29.into());
+//! (vision["image_size"], vision["patch_size"]) = (16.into(), 8.into());
+//! let spec = ModelSpec {
+//!     family: "clip".into(),
+//!     class: "CLIPModel".into(),
+//!     config: json!({"projection_dim": 4, "text_config": text, "vision_config": vision}),
+//!     extra_configs: Default::default(),
+//!     dtype: DType::F32,
+//!     device: Device::Cpu,
+//!     engine: Engine::Roofbench,
+//! };
+//! // `Source::Local` opens a checkpoint folder, `Source::Hub` a repository
+//! let source = Source::Synthetic { seed: 0 };
+//! let weights = Weights::open(&source, aliases(&spec), &spec.class, &HubOptions::from_env())?;
+//! let mut session = load(&spec, &weights)?;
+//!
+//! let inputs = [
+//!     ("pixel_values".into(), Tensor::ones((1, 3, 16, 16), DType::F32, &Device::Cpu)?),
+//!     ("input_ids".into(), Tensor::new(&[[1i64, 17, 29], [1, 5, 29]], &Device::Cpu)?),
+//! ];
+//! let call = Call { method: "forward".into(), inputs: inputs.into(), arguments: Default::default() };
+//! let outputs = session.call(&call, &mut Unobserved)?;
+//! assert_eq!(outputs["logits_per_image"].dims(), [1, 2]); // (pictures, texts)
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 use std::collections::BTreeMap;
 
@@ -54,7 +89,7 @@ pub fn aliases(spec: &ModelSpec) -> &'static [AliasRule] {
 /// # Errors
 /// Names the family, class, config field or tensor at fault, or why the engine has no such model.
 pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, SessionError> {
-    let _ = weights;
+    let vb = weights.var_builder(spec.dtype, &spec.device);
     if !classes(&spec.family).is_empty() && !classes(&spec.family).contains(&spec.class.as_str()) {
         return Err(config::unsupported_class(spec, classes(&spec.family)));
     }
@@ -92,4 +127,17 @@ pub fn processor(family: &str, configs: &BTreeMap<String, Value>) -> Result<Box<
 fn unknown_family(family: &str) -> SessionError {
     let reason = format!("is no multimodal family here; supported: {}", FAMILIES.join(", "));
     SessionError::UnsupportedEngine { family: family.to_owned(), reason }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn other_families_are_refused_with_the_list() {
+        let message = |family| processor(family, &BTreeMap::new()).err().map(|e| e.to_string()).unwrap_or_default();
+        assert_eq!(message("bert"), format!("bert: is no multimodal family here; supported: {}", FAMILIES.join(", ")));
+        assert!(message("clip").starts_with("preprocessor_config.json: `.`: the file is missing"));
+        assert!(FAMILIES.iter().all(|family| !classes(family).is_empty()));
+    }
 }

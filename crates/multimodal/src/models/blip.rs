@@ -816,7 +816,7 @@ mod tests {
         let pixel_values = Tensor::ones((2, 3, 4, 4), DType::F32, &Device::Cpu).expect("pixels");
         let mut inputs = Tensors::from([("pixel_values".to_owned(), pixel_values)]);
         if let Some(ids) = ids {
-            inputs.insert("input_ids".to_owned(), Tensor::new(ids, &Device::Cpu).expect("ids"));
+            inputs.insert("input_ids".to_owned(), Tensor::new(ids.to_vec(), &Device::Cpu).expect("ids"));
         }
         Call { method: method.into(), inputs, arguments: arguments.as_object().cloned().unwrap_or_default() }
     }

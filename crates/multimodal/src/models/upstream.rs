@@ -239,3 +239,94 @@ impl Session for StockBlip {
         [("all".to_owned(), "candle".to_owned())].into()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+    use roofbench_core::session::{Engine, Unobserved};
+    use roofbench_core::weights::{HubOptions, Source, Weights};
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn tower(changes: Value) -> Value {
+        let mut tower = json!({
+            "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "max_position_embeddings": 12, "vocab_size": 30,
+        });
+        for (field, value) in changes.as_object().expect("an object") {
+            tower[field] = value.clone();
+        }
+        tower
+    }
+
+    fn spec(class: &str, text: Value) -> ModelSpec {
+        let vision = tower(json!({"image_size": 8, "patch_size": 4}));
+        ModelSpec {
+            family: if class == "CLIPModel" { "clip" } else { "blip" }.into(),
+            class: class.into(),
+            config: json!({"text_config": tower(text), "vision_config": vision, "projection_dim": 6}),
+            extra_configs: Default::default(),
+            dtype: DType::F32,
+            device: Device::Cpu,
+            engine: Engine::Roofbench,
+        }
+    }
+
+    /// What either engine gives for `outputs` of the same call.
+    fn both(mut spec: ModelSpec, call: &Call, outputs: &[&str]) -> Result<(), SessionError> {
+        let mut run = |engine| {
+            spec.engine = engine;
+            let source = Source::Synthetic { seed: 0 };
+            let weights = Weights::open(&source, crate::aliases(&spec), &spec.class, &HubOptions::default())?;
+            let mut session = crate::load(&spec, &weights)?;
+            let flops: Vec<_> = session.cost(call)?.iter().map(|phase| phase.cost.flops).collect();
+            session.call(call, &mut Unobserved).map(|outputs| (outputs, flops))
+        };
+        let ((ours, cost), (stock, stock_cost)) = (run(Engine::Roofbench)?, run(Engine::CandleTransformers)?);
+        assert_eq!(cost, stock_cost);
+        for name in outputs {
+            let [ours, stock] = [&ours[*name], &stock[*name]].map(|x| x.to_dtype(DType::F32));
+            let error = (ours? - stock?)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+            // values up to 100, summed in another order
+            assert!(error < 1e-3, "{name}: {error}");
+        }
+        Ok(())
+    }
+
+    fn call(method: &str, arguments: Value) -> Result<Call, SessionError> {
+        let pixel_values = Tensor::randn(0f32, 1.0, (2, 3, 8, 8), &Device::Cpu)?;
+        let input_ids = Tensor::new(&[[28i64, 4, 29, 3], [28, 7, 2, 29]], &Device::Cpu)?;
+        let inputs = [("pixel_values".to_owned(), pixel_values), ("input_ids".to_owned(), input_ids)];
+        let arguments = arguments.as_object().cloned().unwrap_or_default();
+        Ok(Call { method: method.into(), inputs: inputs.into(), arguments })
+    }
+
+    #[test]
+    fn the_stock_models_give_what_ours_give() -> Result<(), SessionError> {
+        let forward = call("forward", json!({}))?;
+        both(spec("CLIPModel", json!({"eos_token_id": 29})), &forward, &["logits_per_text", "logits_per_image"])?;
+        let blip = || spec("BlipForConditionalGeneration", json!({"bos_token_id": 28, "sep_token_id": 27}));
+        both(blip(), &forward, &["logits", "image_embeds"])?;
+        let generate = call("generate", json!({"max_new_tokens": 5, "min_new_tokens": 5, "output_logits": true}))?;
+        both(blip(), &generate, &["logits", "sequences"])
+    }
+
+    #[test]
+    fn what_the_stock_models_lack_is_named() -> Result<(), SessionError> {
+        let message =
+            |spec: ModelSpec, call: &Call| both(spec, call, &[]).err().map(|e| e.to_string()).unwrap_or_default();
+        let mut forward = call("forward", json!({}))?;
+        let error = message(spec("CLIPModel", json!({"hidden_act": "gelu"})), &forward);
+        assert!(error.contains("no activation but quick_gelu"), "{error}");
+        let error = message(spec("CLIPModel", json!({"eos_token_id": 7})), &forward);
+        assert!(error.contains("does not end with its largest token"), "{error}");
+        let mask = Tensor::new(&[[1i64, 1, 1, 0], [1, 1, 1, 1]], &Device::Cpu)?;
+        forward.inputs.insert("attention_mask".into(), mask);
+        for class in ["CLIPModel", "BlipForConditionalGeneration"] {
+            let error = message(spec(class, json!({"eos_token_id": 29, "bos_token_id": 28})), &forward);
+            assert!(error.contains("has no padding"), "{error}");
+        }
+        Ok(())
+    }
+}
