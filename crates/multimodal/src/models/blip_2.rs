@@ -63,8 +63,9 @@ struct Fields {
     num_query_tokens: usize,
     #[serde(default = "defaults::image_text_hidden_size")]
     image_text_hidden_size: usize,
-    #[serde(alias = "image_token_id")]
     image_token_index: Option<i64>,
+    /// Another name of the same.
+    image_token_id: Option<i64>,
 }
 
 /// What `transformers.Blip2Config` takes for fields that files leave out.
@@ -98,7 +99,9 @@ impl Blip2Config {
     /// # Errors
     /// Names the field that is malformed, contradicts another, or changes the result in a way that isn't supported.
     pub fn from_spec(spec: &ModelSpec) -> Result<Self, SessionError> {
-        let Fields { num_query_tokens, image_text_hidden_size, image_token_index } = spec.parse_config()?;
+        let Fields { num_query_tokens, image_text_hidden_size, image_token_index, image_token_id } =
+            spec.parse_config()?;
+        let image_token_index = image_token_index.or(image_token_id);
         config::sizes(&[("num_query_tokens", num_query_tokens), ("image_text_hidden_size", image_text_hidden_size)])?;
         let vision_config =
             config::nested(spec, "vision_config", |part| VisionTowerConfig::from_spec(part, Form::Blip2))?;

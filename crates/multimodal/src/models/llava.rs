@@ -93,8 +93,9 @@ impl Layers {
 /// The fields of config.json beside those of its parts; field names are the file's own.
 #[derive(Debug, Clone, Deserialize)]
 struct Fields {
-    #[serde(default = "defaults::image_token_index", alias = "image_token_id")]
-    image_token_index: i64,
+    image_token_index: Option<i64>,
+    /// Another name of the same.
+    image_token_id: Option<i64>,
     #[serde(default = "defaults::projector_hidden_act")]
     projector_hidden_act: Activation,
     #[serde(default = "defaults::vision_feature_select_strategy")]
@@ -111,9 +112,8 @@ mod defaults {
 
     use super::{Layers, Strategy};
 
-    pub(super) fn image_token_index() -> i64 {
-        32_000
-    }
+    pub(super) const IMAGE_TOKEN_INDEX: i64 = 32_000;
+
     pub(super) fn projector_hidden_act() -> Activation {
         Activation::Gelu
     }
@@ -168,7 +168,8 @@ impl LlavaConfig {
         let cfg = Self {
             vision_config,
             text_config,
-            image_token_index: fields.image_token_index,
+            image_token_index: (fields.image_token_index.or(fields.image_token_id))
+                .unwrap_or(defaults::IMAGE_TOKEN_INDEX),
             projector_hidden_act: fields.projector_hidden_act,
             vision_feature_select_strategy: fields.vision_feature_select_strategy,
             vision_feature_layer: fields.vision_feature_layer,
