@@ -101,6 +101,11 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
         ("blip-2", Engine::Roofbench) => blip_2::load(spec, vb),
         ("instructblip", Engine::Roofbench) => instructblip::load(spec, vb),
         ("blip", Engine::CandleTransformers) => Ok(Box::new(upstream::StockBlip::load(spec, vb)?)),
+        ("llava", Engine::CandleTransformers) => Err(SessionError::UnsupportedEngine {
+            family: spec.family.clone(),
+            reason: "candle-transformers' model is LLaVA-NeXT, which asks for `image_newline`; use --engine roofbench"
+                .to_owned(),
+        }),
         (family, Engine::CandleTransformers) if FAMILIES.contains(&family) => Err(SessionError::UnsupportedEngine {
             family: family.to_owned(),
             reason: "candle-transformers is not wrapped for it; use --engine roofbench".to_owned(),
