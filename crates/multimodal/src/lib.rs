@@ -55,12 +55,12 @@ pub use roofbench_core::session::{
 pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, WeightsError};
 pub use serde_json;
 
-use models::{blip, clip, flava, layoutlm, upstream, vilt};
+use models::{blip, blip_2, clip, flava, instructblip, layoutlm, llava, upstream, vilt};
 use roofbench_core::config;
 use roofbench_vision::preprocess::ImageProcessor;
 
 /// The families of the catalog that this crate runs.
-pub const FAMILIES: &[&str] = &["clip", "blip", "vilt", "flava", "layoutlm"];
+pub const FAMILIES: &[&str] = &["clip", "blip", "vilt", "flava", "layoutlm", "llava", "blip-2", "instructblip"];
 
 /// The `transformers` classes of `family` that run; none for a family that is not one of [`FAMILIES`].
 pub fn classes(family: &str) -> &'static [&'static str] {
@@ -70,6 +70,9 @@ pub fn classes(family: &str) -> &'static [&'static str] {
         "vilt" => vilt::CLASSES,
         "flava" => flava::CLASSES,
         "layoutlm" => layoutlm::CLASSES,
+        "llava" => llava::CLASSES,
+        "blip-2" => blip_2::CLASSES,
+        "instructblip" => instructblip::CLASSES,
         _ => &[],
     }
 }
@@ -82,6 +85,8 @@ pub fn aliases(spec: &ModelSpec) -> &'static [AliasRule] {
         "vilt" => vilt::aliases(spec),
         "flava" => flava::aliases(spec),
         "layoutlm" => layoutlm::aliases(spec),
+        "llava" => llava::aliases(spec),
+        "blip-2" | "instructblip" => blip_2::aliases(spec),
         _ => &[],
     }
 }
@@ -99,10 +104,18 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
         ("clip", Engine::Roofbench) => clip::load(spec, vb),
         ("clip", Engine::CandleTransformers) => Ok(Box::new(upstream::StockClip::load(spec, vb)?)),
         ("blip", Engine::Roofbench) => blip::load(spec, vb),
+        ("llava", Engine::Roofbench) => Ok(Box::new(llava::LlavaModel::load(spec, vb)?)),
+        ("blip-2", Engine::Roofbench) => blip_2::load(spec, vb),
+        ("instructblip", Engine::Roofbench) => instructblip::load(spec, vb),
         ("blip", Engine::CandleTransformers) => Ok(Box::new(upstream::StockBlip::load(spec, vb)?)),
         ("vilt", Engine::Roofbench) => Ok(Box::new(vilt::ViltModel::load(spec, vb)?)),
         ("flava", Engine::Roofbench) => Ok(Box::new(flava::FlavaModel::load(spec, vb)?)),
         ("layoutlm", Engine::Roofbench) => layoutlm::load(spec, vb),
+        ("llava", Engine::CandleTransformers) => Err(SessionError::UnsupportedEngine {
+            family: spec.family.clone(),
+            reason: "candle-transformers' model is LLaVA-NeXT, which asks for `image_newline`; use --engine roofbench"
+                .to_owned(),
+        }),
         (family, Engine::CandleTransformers) if FAMILIES.contains(&family) => Err(SessionError::UnsupportedEngine {
             family: family.to_owned(),
             reason: "candle-transformers is not wrapped for it; use --engine roofbench".to_owned(),

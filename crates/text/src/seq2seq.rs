@@ -202,25 +202,7 @@ impl Request {
             _ => return Err(unsupported_method(call, "forward, generate")),
         };
         let (input_ids, attention_mask) = source(&inputs, vocab_size)?;
-        let decoder_input_ids = inputs.optional_matrix("decoder_input_ids")?;
-        let mut decoder_attention_mask = None;
-        if let Some(ids) = &decoder_input_ids {
-            in_range("decoder_input_ids", ids, "vocab_size", vocab_size)?;
-            let (found, batch) = (ids.dim(0)?, input_ids.dim(0)?);
-            if found != batch {
-                let reason = format!("holds {found} sequences, input_ids hold {batch}");
-                return Err(SessionError::input("decoder_input_ids", reason));
-            }
-            decoder_attention_mask = inputs.matrix_as("decoder_attention_mask", ("decoder_input_ids", ids))?;
-        } else if call.inputs.contains_key("decoder_attention_mask") {
-            return Err(SessionError::input(
-                "decoder_attention_mask",
-                "goes with decoder_input_ids, which are missing",
-            ));
-        }
-        if let Some(mask) = &decoder_attention_mask {
-            zero_or_one("decoder_attention_mask", mask)?;
-        }
+        let (decoder_input_ids, decoder_attention_mask) = decoder_tokens(&inputs, input_ids.dim(0)?, vocab_size)?;
         Ok(Self { input_ids, attention_mask, decoder_input_ids, decoder_attention_mask })
     }
 
@@ -237,8 +219,42 @@ impl Request {
     }
 }
 
+/// The tokens (batch, seq) and the mask of a call that gives a decoder any, for so many sequences.
+///
+/// # Errors
+/// Names the argument that does not fit.
+pub fn decoder_tokens(
+    inputs: &Inputs,
+    batch: usize,
+    vocab_size: usize,
+) -> Result<(Option<Tensor>, Option<Tensor>), SessionError> {
+    let Some(ids) = inputs.optional_matrix("decoder_input_ids")? else {
+        return match inputs.optional_matrix("decoder_attention_mask")? {
+            None => Ok((None, None)),
+            Some(_) => {
+                let reason = "goes with decoder_input_ids, which are missing";
+                Err(SessionError::input("decoder_attention_mask", reason))
+            }
+        };
+    };
+    in_range("decoder_input_ids", &ids, "vocab_size", vocab_size)?;
+    let found = ids.dim(0)?;
+    if found != batch {
+        let reason = format!("holds {found} sequences, input_ids hold {batch}");
+        return Err(SessionError::input("decoder_input_ids", reason));
+    }
+    let mask = inputs.matrix_as("decoder_attention_mask", ("decoder_input_ids", &ids))?;
+    if let Some(mask) = &mask {
+        zero_or_one("decoder_attention_mask", mask)?;
+    }
+    Ok((Some(ids), mask))
+}
+
 /// The encoder's tokens (batch, seq) and their mask.
-pub(crate) fn source(inputs: &Inputs, vocab_size: usize) -> Result<(Tensor, Option<Tensor>), SessionError> {
+///
+/// # Errors
+/// Names the argument that is missing or does not fit.
+pub fn source(inputs: &Inputs, vocab_size: usize) -> Result<(Tensor, Option<Tensor>), SessionError> {
     let input_ids = inputs.matrix("input_ids")?;
     in_range("input_ids", &input_ids, "vocab_size", vocab_size)?;
     let attention_mask = inputs.matrix_like("attention_mask", &input_ids)?;

@@ -72,7 +72,7 @@ const VIT: Kind = Kind {
 };
 const CLIP: Kind = Kind {
     name: "CLIP",
-    models: &["clip"],
+    models: &["clip", "llava"],
     size: Size::ShortestEdge(224),
     number_is_square: false,
     resample: Filter::Bicubic,
@@ -141,7 +141,14 @@ const KINDS: &[Kind] = &[
         ..CLIP
     },
     Kind { name: "LayoutLMv3", models: &["layoutlm", "layoutlmv3"], ocr: true, ..VIT },
-    Kind { name: "Blip", models: &["blip"], size: Size::Exact([384, 384]), number_is_square: true, crop: None, ..CLIP },
+    Kind {
+        name: "Blip",
+        models: &["blip", "blip2", "instructblip"],
+        size: Size::Exact([384, 384]),
+        number_is_square: true,
+        crop: None,
+        ..CLIP
+    },
 ];
 
 /// What a picture is resized to.

@@ -5,11 +5,16 @@ use roofbench_core::cost::{self, Cost, PhaseCost};
 use roofbench_core::session::{Phase, Result, Tensors};
 
 pub mod blip;
+pub mod blip_2;
 pub mod clip;
 pub mod encoder_layer;
 pub mod flava;
+pub mod instructblip;
+pub mod language_model;
 pub mod layoutlm;
 pub mod layoutlmv3;
+pub mod llava;
+pub mod qformer;
 pub(crate) mod upstream;
 pub mod vilt;
 pub mod vision_tower;
