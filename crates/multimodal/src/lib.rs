@@ -44,6 +44,7 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 
 pub mod models;
+pub(crate) mod picture_to_text;
 
 pub use candle_core;
 pub use roofbench_core::classify;
@@ -54,18 +55,22 @@ pub use roofbench_core::session::{
 pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, WeightsError};
 pub use serde_json;
 
-use models::{blip, clip, upstream};
+use models::{blip, clip, donut, git, pix2struct, upstream};
 use roofbench_core::config;
 use roofbench_vision::preprocess::ImageProcessor;
+use roofbench_vision::preprocess::pix2struct::Pix2StructProcessor;
 
 /// The families of the catalog that this crate runs.
-pub const FAMILIES: &[&str] = &["clip", "blip"];
+pub const FAMILIES: &[&str] = &["clip", "blip", "git", "pix2struct", "donut"];
 
 /// The `transformers` classes of `family` that run; none for a family that is not one of [`FAMILIES`].
 pub fn classes(family: &str) -> &'static [&'static str] {
     match family {
         "clip" => clip::CLASSES,
         "blip" => blip::CLASSES,
+        "git" => git::CLASSES,
+        "pix2struct" => pix2struct::CLASSES,
+        "donut" => donut::CLASSES,
         _ => &[],
     }
 }
@@ -75,6 +80,9 @@ pub fn aliases(spec: &ModelSpec) -> &'static [AliasRule] {
     match spec.family.as_str() {
         "clip" => clip::ALIASES,
         "blip" => blip::ALIASES,
+        "git" => git::aliases(spec),
+        "pix2struct" => pix2struct::aliases(spec),
+        "donut" => donut::aliases(spec),
         _ => &[],
     }
 }
@@ -93,6 +101,9 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
         ("clip", Engine::CandleTransformers) => Ok(Box::new(upstream::StockClip::load(spec, vb)?)),
         ("blip", Engine::Roofbench) => blip::load(spec, vb),
         ("blip", Engine::CandleTransformers) => Ok(Box::new(upstream::StockBlip::load(spec, vb)?)),
+        ("git", Engine::Roofbench) => Ok(Box::new(git::GitModel::load(spec, vb)?)),
+        ("pix2struct", Engine::Roofbench) => pix2struct::Pix2StructModel::session(spec, vb),
+        ("donut", Engine::Roofbench) => donut::DonutModel::session(spec, vb),
         (family, Engine::CandleTransformers) if FAMILIES.contains(&family) => Err(SessionError::UnsupportedEngine {
             family: family.to_owned(),
             reason: "candle-transformers is not wrapped for it; use --engine roofbench".to_owned(),
@@ -108,9 +119,13 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
 /// Names the family, or the field of `preprocessor_config.json` at fault.
 pub fn processor(family: &str, configs: &BTreeMap<String, Value>) -> Result<Box<dyn Processor>, SessionError> {
     match family {
-        "clip" | "blip" => {
+        "clip" | "blip" | "git" | "donut" => {
             let config = roofbench_vision::preprocessor_config(configs)?;
             Ok(Box::new(ImageProcessor::from_config(config, family)?))
+        }
+        "pix2struct" => {
+            let config = roofbench_vision::preprocessor_config(configs)?;
+            Ok(Box::new(Pix2StructProcessor::from_config(config)?))
         }
         _ => Err(unknown_family(family)),
     }

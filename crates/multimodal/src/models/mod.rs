@@ -6,7 +6,10 @@ use roofbench_core::session::{Phase, Result, Tensors};
 
 pub mod blip;
 pub mod clip;
+pub mod donut;
 pub mod encoder_layer;
+pub mod git;
+pub mod pix2struct;
 pub(crate) mod upstream;
 pub mod vision_tower;
 
