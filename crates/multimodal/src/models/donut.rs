@@ -217,7 +217,7 @@ mod tests {
 
     fn call(method: &str, pixels: [usize; 4], ids: &[[i64; 2]]) -> Call {
         let values = Tensor::ones(&pixels, DType::F32, &Device::Cpu).expect("pixels");
-        let ids = Tensor::new(ids, &Device::Cpu).expect("ids");
+        let ids = Tensor::from_vec(ids.concat(), (ids.len(), 2), &Device::Cpu).expect("ids");
         let inputs = Tensors::from([("pixel_values".into(), values), ("decoder_input_ids".into(), ids)]);
         Call { method: method.into(), inputs, ..Call::default() }
     }

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
 use roofbench_core::config::{self, invalid};
 use roofbench_core::cost::{self, Cost, Norm, PhaseCost};
@@ -529,6 +529,7 @@ impl Session for GitModel {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::Device;
     use roofbench_core::session::{Engine, Unobserved};
     use roofbench_core::weights::{HubOptions, Source, Weights};
     use serde_json::{Value, json};
@@ -567,7 +568,8 @@ mod tests {
         let values = (values / 50.0).and_then(|values| values.reshape(pixels)).expect("pixels");
         let mut inputs = Tensors::from([("pixel_values".into(), values)]);
         if let Some(ids) = ids {
-            inputs.insert("input_ids".into(), Tensor::new(ids, &Device::Cpu).expect("ids"));
+            let tokens = Tensor::from_vec(ids.concat(), (ids.len(), 3), &Device::Cpu);
+            inputs.insert("input_ids".into(), tokens.expect("ids"));
         }
         Call { method: method.into(), inputs, ..Call::default() }
     }
