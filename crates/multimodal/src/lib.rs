@@ -45,6 +45,7 @@ use serde_json::Value;
 
 pub mod flava_processor;
 pub mod models;
+pub(crate) mod picture_to_text;
 
 pub use candle_core;
 pub use roofbench_core::classify;
@@ -55,13 +56,14 @@ pub use roofbench_core::session::{
 pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, WeightsError};
 pub use serde_json;
 
-use models::{blip, blip_2, clip, flava, instructblip, layoutlm, llava, upstream, vilt};
+use models::{blip, blip_2, clip, donut, flava, git, instructblip, layoutlm, llava, pix2struct, upstream, vilt};
 use roofbench_core::config;
 use roofbench_vision::preprocess::ImageProcessor;
+use roofbench_vision::preprocess::pix2struct::Pix2StructProcessor;
 
 /// The families of the catalog that this crate runs.
-pub const FAMILIES: &[&str] = &["clip", "blip", "vilt", "flava", "layoutlm", "llava", "blip-2", "instructblip"];
-
+pub const FAMILIES: &[&str] =
+    &["clip", "blip", "vilt", "flava", "layoutlm", "llava", "blip-2", "instructblip", "git", "pix2struct", "donut"];
 /// The `transformers` classes of `family` that run; none for a family that is not one of [`FAMILIES`].
 pub fn classes(family: &str) -> &'static [&'static str] {
     match family {
@@ -73,6 +75,9 @@ pub fn classes(family: &str) -> &'static [&'static str] {
         "llava" => llava::CLASSES,
         "blip-2" => blip_2::CLASSES,
         "instructblip" => instructblip::CLASSES,
+        "git" => git::CLASSES,
+        "pix2struct" => pix2struct::CLASSES,
+        "donut" => donut::CLASSES,
         _ => &[],
     }
 }
@@ -87,6 +92,9 @@ pub fn aliases(spec: &ModelSpec) -> &'static [AliasRule] {
         "layoutlm" => layoutlm::aliases(spec),
         "llava" => llava::aliases(spec),
         "blip-2" | "instructblip" => blip_2::aliases(spec),
+        "git" => git::aliases(spec),
+        "pix2struct" => pix2struct::aliases(spec),
+        "donut" => donut::aliases(spec),
         _ => &[],
     }
 }
@@ -116,6 +124,9 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
             reason: "candle-transformers' model is LLaVA-NeXT, which asks for `image_newline`; use --engine roofbench"
                 .to_owned(),
         }),
+        ("git", Engine::Roofbench) => Ok(Box::new(git::GitModel::load(spec, vb)?)),
+        ("pix2struct", Engine::Roofbench) => pix2struct::Pix2StructModel::session(spec, vb),
+        ("donut", Engine::Roofbench) => donut::DonutModel::session(spec, vb),
         (family, Engine::CandleTransformers) if FAMILIES.contains(&family) => Err(SessionError::UnsupportedEngine {
             family: family.to_owned(),
             reason: "candle-transformers is not wrapped for it; use --engine roofbench".to_owned(),
@@ -136,6 +147,7 @@ pub fn processor(family: &str, configs: &BTreeMap<String, Value>) -> Result<Box<
     let config = roofbench_vision::preprocessor_config(configs)?;
     Ok(match family {
         "flava" => Box::new(flava_processor::FlavaProcessor::from_config(config)?),
+        "pix2struct" => Box::new(Pix2StructProcessor::from_config(config)?),
         _ => Box::new(ImageProcessor::from_config(config, family)?),
     })
 }
