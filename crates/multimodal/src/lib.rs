@@ -43,7 +43,9 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
+pub mod imagebind_processor;
 pub mod models;
+pub mod videomae_processor;
 
 pub use candle_core;
 pub use roofbench_core::classify;
@@ -54,18 +56,22 @@ pub use roofbench_core::session::{
 pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, WeightsError};
 pub use serde_json;
 
-use models::{blip, clip, upstream};
+use imagebind_processor::ImageBindProcessor;
+use models::{blip, clip, imagebind, upstream, videomae};
 use roofbench_core::config;
 use roofbench_vision::preprocess::ImageProcessor;
+use videomae_processor::VideoMaeProcessor;
 
 /// The families of the catalog that this crate runs.
-pub const FAMILIES: &[&str] = &["clip", "blip"];
+pub const FAMILIES: &[&str] = &["clip", "blip", "imagebind", "videomae"];
 
 /// The `transformers` classes of `family` that run; none for a family that is not one of [`FAMILIES`].
 pub fn classes(family: &str) -> &'static [&'static str] {
     match family {
         "clip" => clip::CLASSES,
         "blip" => blip::CLASSES,
+        "imagebind" => imagebind::CLASSES,
+        "videomae" => videomae::CLASSES,
         _ => &[],
     }
 }
@@ -75,6 +81,8 @@ pub fn aliases(spec: &ModelSpec) -> &'static [AliasRule] {
     match spec.family.as_str() {
         "clip" => clip::ALIASES,
         "blip" => blip::ALIASES,
+        "imagebind" => imagebind::ALIASES,
+        "videomae" => videomae::aliases(spec),
         _ => &[],
     }
 }
@@ -93,6 +101,8 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
         ("clip", Engine::CandleTransformers) => Ok(Box::new(upstream::StockClip::load(spec, vb)?)),
         ("blip", Engine::Roofbench) => blip::load(spec, vb),
         ("blip", Engine::CandleTransformers) => Ok(Box::new(upstream::StockBlip::load(spec, vb)?)),
+        ("imagebind", Engine::Roofbench) => Ok(Box::new(imagebind::ImageBindModel::load(spec, vb)?)),
+        ("videomae", Engine::Roofbench) => Ok(Box::new(videomae::VideoMaeModel::load(spec, vb)?)),
         (family, Engine::CandleTransformers) if FAMILIES.contains(&family) => Err(SessionError::UnsupportedEngine {
             family: family.to_owned(),
             reason: "candle-transformers is not wrapped for it; use --engine roofbench".to_owned(),
@@ -111,6 +121,11 @@ pub fn processor(family: &str, configs: &BTreeMap<String, Value>) -> Result<Box<
         "clip" | "blip" => {
             let config = roofbench_vision::preprocessor_config(configs)?;
             Ok(Box::new(ImageProcessor::from_config(config, family)?))
+        }
+        // its repository has no such file: what its own loader fixes is the default
+        "imagebind" => Ok(Box::new(ImageBindProcessor::from_config(configs.get("preprocessor_config.json"))?)),
+        "videomae" => {
+            Ok(Box::new(VideoMaeProcessor::from_config(roofbench_vision::preprocessor_config(configs)?)?))
         }
         _ => Err(unknown_family(family)),
     }

@@ -114,6 +114,15 @@ const KINDS: &[Kind] = &[
         longest_edge: true,
         ..VIT
     },
+    Kind {
+        name: "VideoMAE",
+        models: &["videomae"],
+        resample: Filter::Bilinear,
+        mean: HALF,
+        std: HALF,
+        convert_rgb: false,
+        ..CLIP
+    },
     Kind { name: "Blip", models: &["blip"], size: Size::Exact([384, 384]), number_is_square: true, crop: None, ..CLIP },
 ];
 

@@ -7,7 +7,10 @@ use roofbench_core::session::{Phase, Result, Tensors};
 pub mod blip;
 pub mod clip;
 pub mod encoder_layer;
+pub mod imagebind;
+pub(crate) mod pre_norm_layer;
 pub(crate) mod upstream;
+pub mod videomae;
 pub mod vision_tower;
 
 /// The outputs of a class by their names.
