@@ -261,8 +261,8 @@ fn clips(duration: f64, clip: f64, count: u32, rate: u32, round: Round) -> Resul
 
 /// A number of 0 or more as a numerator and the power of two below it.
 fn fraction(x: f64) -> (u128, u32) {
-    let (bits, exponent) = (x.to_bits() & ((1 << 52) - 1), (x.to_bits() >> 52 & 0x7ff) as i32);
-    let (mantissa, exponent) = if exponent == 0 { (bits, -1074) } else { (bits | 1 << 52, exponent - 1075) };
+    let (bits, exponent) = (x.to_bits() & ((1 << 52) - 1), ((x.to_bits() >> 52) & 0x7ff) as i32);
+    let (mantissa, exponent) = if exponent == 0 { (bits, -1074) } else { (bits | (1 << 52), exponent - 1075) };
     let spare = if mantissa == 0 { 0 } else { mantissa.trailing_zeros() };
     match exponent + spare as i32 {
         _ if mantissa == 0 => (0, 0),

@@ -221,7 +221,7 @@ impl PatchEmbed3d {
                 for (column, out) in part.chunks_exact_mut(size).enumerate() {
                     for (i, out) in out.chunks_exact_mut(pw).enumerate() {
                         let (channel, frame, y) = (i / ph / pf, time * pf + i / ph % pf, row * ph + i % ph);
-                        let line = [item, channel, frame, y].iter().zip(strides).map(|(at, stride)| at * stride);
+                        let line = [item, channel, frame, y].into_iter().zip(strides).map(|(at, stride)| at * stride);
                         let begin = line.sum::<usize>() + column * pw;
                         out.write_copy_of_slice(&pixels[begin..begin + pw]);
                     }

@@ -83,7 +83,7 @@ impl FilterBank {
     pub fn frames(&self, samples: &[f32]) -> Vec<Vec<f32>> {
         let fft = RealFftPlanner::<f64>::new().plan_fft_forward(self.padded);
         let (mut input, mut spectrum) = (fft.make_input_vec(), fft.make_output_vec());
-        let mut frame = |samples: &[f32]| {
+        let mut frame = |samples: &[f32]| -> Vec<f32> {
             let mean = (samples.iter().map(|x| f64::from(*x)).sum::<f64>() / samples.len() as f64) as f32;
             let mut before = samples[0] - mean;
             input.fill(0.0); // the transform uses it up

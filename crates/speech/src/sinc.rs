@@ -45,7 +45,7 @@ pub fn resample(samples: &[f32], from: u32, to: u32) -> Vec<f32> {
         })
         .collect();
     let length = (samples.len() * to).div_ceil(from);
-    let sample = |i: usize| {
+    let sample = |i: usize| -> f32 {
         let (first, taps) = &kernels[i % to];
         // where the kernel's first tap lies
         let begin = (i / to * from + first) as isize - width as isize;

@@ -217,11 +217,11 @@ impl ImageBindConfig {
             let field = |end: &str| format!("{}_{end}", modality.name());
             let (embed_dim, num_heads) = (field("embed_dim"), field("num_heads"));
             config::sizes(&[
-                (&embed_dim, sizes.hidden),
-                (&num_heads, sizes.heads),
-                (&field("num_blocks"), blocks),
+                (embed_dim.as_str(), sizes.hidden),
+                (num_heads.as_str(), sizes.heads),
+                (field("num_blocks").as_str(), blocks),
             ])?;
-            config::multiple((&embed_dim, sizes.hidden), (&num_heads, sizes.heads))?;
+            config::multiple((embed_dim.as_str(), sizes.hidden), (num_heads.as_str(), sizes.heads))?;
         }
         let vision = cfg.vision_grid([cfg.video_frames, cfg.image_size, cfg.image_size]);
         for (field, count) in [
@@ -424,9 +424,9 @@ impl Tower {
             }
             None => (Rows::Range { start: 0, len: 1 }, None),
         };
-        let last = self.blocks.len() - 1;
+        let (last, all) = (self.blocks.len() - 1, Rows::All);
         for (i, block) in self.blocks.iter().enumerate() {
-            let (rows, mask) = if i == last { (&last_rows, mask.as_ref()) } else { (&Rows::All, None) };
+            let (rows, mask) = if i == last { (&last_rows, mask.as_ref()) } else { (&all, None) };
             x = block.forward(&x, rows, mask)?;
         }
         let x = self.head.forward(&self.head_norm.forward(&x.squeeze(1)?)?)?; // (items, width)
@@ -536,12 +536,12 @@ impl Input {
         // five dimensions or more are several clips of each item
         let (clips, items) = match values.dims() {
             [batch, clips, item @ ..] if values.rank() >= 5 => {
-                (Some(*clips), values.reshape([&[batch * clips], item].concat())?)
+                (Some(*clips), values.reshape([&[batch * clips][..], item].concat())?)
             }
             _ => (None, values.clone()),
         };
-        let learned = cfg.learned(modality);
-        let (tokens, items) = match (modality, items.dims()) {
+        let (learned, dims) = (cfg.learned(modality), items.dims().to_vec());
+        let (tokens, items) = match (modality, &dims[..]) {
             (Modality::Vision, [_, 3, height, width]) => {
                 (cfg.vision_grid([1, *height, *width]).iter().product(), items.unsqueeze(2)?)
             }
@@ -638,9 +638,11 @@ impl Input {
         let layer = |queries, pairs| sizes.cost([items, seq], queries, pairs, bytes);
         let scale = if self.modality == Modality::Vision { 0 } else { 1 };
         let mean = u64::from(self.clips.is_some());
+        let extra = u64::from(self.modality.has_extra_key()) * blocks as u64 * 2 * hidden;
         embeddings
             + layer(seq, pairs) * (blocks as u64 - 1)
             + layer(1, keys) // of the class token, or a text's end, alone
+            + Cost { weight_bytes: extra * bytes, ..Cost::default() } // a key and a value of each layer
             + norm(items)
             + cost::linear(items, hidden, out, false, bytes)
             + unit_rows_cost(items, out)
@@ -744,7 +746,9 @@ mod tests {
         }
     }
 
-    fn call(inputs: &[(&str, &[usize])]) -> Call {
+    type Shapes<'a> = &'a [(&'a str, &'a [usize])];
+
+    fn call(inputs: Shapes) -> Call {
         let cpu = &Device::Cpu;
         let values = |name: &str, shape: &[usize]| match name {
             "text" => {
@@ -783,7 +787,7 @@ mod tests {
         let cost = inputs[0].cost(&cfg, 4);
         assert_eq!(cost.flops, embeddings + layer + last + head);
         let block = 12 + (6 * 18 + 18) + (6 * 6 + 6) + 12 + (6 * 24 + 24) + (24 * 6 + 6);
-        assert_eq!(cost.weight_bytes, 4 * ((16 * 6 + 12) + (2 + 4) * 6 + 2 * block + 12 + 6 * 5));
+        assert_eq!(cost.weight_bytes, 4 * ((16 * 6 + 12) + (2 + 4) * 6 + 2 * (block + 12) + 12 + 6 * 5));
     }
 
     #[test]
@@ -806,15 +810,16 @@ mod tests {
     #[test]
     fn every_modality_costs_what_it_runs() -> Result<(), SessionError> {
         let mut model = model(&spec(json!({})))?;
-        for inputs in [
-            &[("vision", &[2, 3, 8, 8][..]), ("text", &[3, 77])][..],
+        let cases: [Shapes; 7] = [
+            &[("vision", &[2, 3, 8, 8]), ("text", &[3, 77])],
             &[("vision", &[2, 3, 12, 12])],             // stretched positions
             &[("vision", &[1, 3, 3, 2, 8, 8])],         // three clips
             &[("vision", &[1, 2, 3, 8, 8])],            // two pictures
             &[("vision", &[1, 2, 3, 1, 4, 4])],         // two videos of one frame
             &[("audio", &[1, 1, 7, 9]), ("depth", &[2, 1, 8, 9])],
             &[("audio", &[2, 3, 1, 7, 9]), ("thermal", &[1, 1, 8, 8]), ("imu", &[2, 6, 2000])],
-        ] {
+        ];
+        for inputs in cases {
             let call = call(inputs);
             let (outputs, recorded) = roofbench_nn::cost::record(|| model.call(&call, &mut Unobserved));
             for (name, output) in outputs? {
@@ -870,9 +875,9 @@ mod tests {
             assert!(found.starts_with(start), "{found}");
         }
         let cfg = ImageBindConfig::from_spec(&spec(json!({}))).expect("a config");
-        for (inputs, start) in [
-            (&[][..], "input `vision`: is missing; give one or more of vision, text, audio"),
-            (&[("sound", &[1][..])], "input `sound`: is not supported"),
+        let cases: [(Shapes, &str); 9] = [
+            (&[], "input `vision`: is missing; give one or more of vision, text, audio"),
+            (&[("sound", &[1])], "input `sound`: is not supported"),
             (&[("vision", &[1, 4, 8, 8])], "input `vision`: has shape [1, 4, 8, 8], expected (batch, 3, height, width)"),
             (&[("vision", &[1, 3, 6, 8])], "input `vision`: has shape [1, 3, 6, 8], expected a square number"),
             (&[("text", &[1, 76])], "input `text`: has shape [1, 76], expected (batch, 77)"),
@@ -880,7 +885,8 @@ mod tests {
             (&[("depth", &[1, 8, 8])], "input `depth`: has shape [1, 8, 8], expected (batch, 1, height, width)"),
             (&[("imu", &[1, 6, 1000])], "input `imu`: has shape [1, 6, 1000], expected what makes 250 patches"),
             (&[("imu", &[1, 3, 2000])], "input `imu`: has shape [1, 3, 2000], expected (batch, 6, 2000)"),
-        ] {
+        ];
+        for (inputs, start) in cases {
             let found = Input::read_all(&cfg, &call(inputs)).err().map(|e| e.to_string()).unwrap_or_default();
             assert!(found.starts_with(start), "{found}");
         }

@@ -5,7 +5,7 @@
 use candle_core::Tensor;
 use roofbench_core::cost::{self, Cost, Norm};
 use roofbench_core::session::Result;
-use roofbench_nn::attention::{Attention, Mask};
+use roofbench_nn::attention::{Attention, Mask, Pattern};
 use roofbench_nn::gather::{RowIndex, gather};
 use roofbench_nn::linear::Linear;
 use roofbench_nn::mlp::Mlp;
@@ -100,7 +100,7 @@ pub(crate) struct LayerSizes {
 }
 
 impl LayerSizes {
-    pub(crate) fn attention(&self, pattern: roofbench_nn::attention::Pattern) -> Attention {
+    pub(crate) fn attention(&self, pattern: Pattern) -> Attention {
         Attention { heads: self.heads, kv_heads: self.heads, head_dim: self.hidden / self.heads, scale: None, pattern }
     }
 
@@ -132,7 +132,6 @@ impl LayerSizes {
 mod tests {
     use candle_core::{D, DType, Device};
     use roofbench_nn::activation::Activation;
-    use roofbench_nn::attention::Pattern;
 
     use super::*;
 

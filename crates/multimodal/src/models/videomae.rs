@@ -392,7 +392,8 @@ impl Decoder {
         let drawn = Rows::Range { start: visible.dim(1)?, len: masked.dim(1)? };
         let x = Tensor::cat(&[visible, masked], 1)?; // (batch, patches, hidden)
         let last = self.layers.len() - 1;
-        let rows = |i: usize| if i == last { &drawn } else { &Rows::All };
+        let all = Rows::All;
+        let rows = |i: usize| if i == last { &drawn } else { &all };
         let x = self.layers.iter().enumerate().try_fold(x, |x, (i, layer)| layer.forward(&x, rows(i), None))?;
         self.head.forward(&self.norm.forward(&x)?)
     }
@@ -507,11 +508,11 @@ impl VideoMaeModel {
     fn forward(&self, video: &Video) -> Result<Tensors> {
         let dtype = activation_dtype(self.dtype, &self.device);
         let frames = video.frames.to_device(&self.device)?.to_dtype(dtype)?;
-        let last = self.layers.len() - 1;
+        let (last, all) = (self.layers.len() - 1, Rows::All);
         let last_rows = if self.cfg.first_token(self.kind) { Rows::Range { start: 0, len: 1 } } else { Rows::All };
         let mut x = self.embeddings.forward(&frames, video.hidden.as_ref())?; // (batch, visible, hidden)
         for (i, layer) in self.layers.iter().enumerate() {
-            x = layer.forward(&x, if i == last { &last_rows } else { &Rows::All }, None)?;
+            x = layer.forward(&x, if i == last { &last_rows } else { &all }, None)?;
         }
         if let Some(layernorm) = &self.layernorm {
             x = layernorm.forward(&x)?;
