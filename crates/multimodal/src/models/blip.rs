@@ -501,7 +501,7 @@ pub(crate) enum Caption<'a> {
     /// Scores of every word behind each token of a text.
     Forward { pixels: Pixels<'a>, text: Text },
     /// Words behind a prompt.
-    Generate { pixels: Pixels<'a>, prompt: Prompt },
+    Generate { pixels: Pixels<'a>, prompt: Box<Prompt> },
 }
 
 impl<'a> Caption<'a> {
@@ -518,7 +518,7 @@ impl<'a> Caption<'a> {
             return Ok(Self::Forward { pixels, text });
         }
         let prompt = Prompt::read(&cfg.text_config, spec, call, &inputs, &pixels)?;
-        Ok(Self::Generate { pixels, prompt })
+        Ok(Self::Generate { pixels, prompt: Box::new(prompt) })
     }
 
     pub(crate) fn cost(&self, cfg: &BlipConfig, bytes: u64) -> Vec<PhaseCost> {
@@ -570,8 +570,9 @@ impl Session for Captioner {
                     ("image_embeds", image_embeds),
                 ]))
             }
-            Caption::Generate { pixels, prompt: Prompt { rows, attention_mask, generation } } => {
+            Caption::Generate { pixels, prompt } => {
                 let encoded = Encoded::new(base.see(&pixels)?, None, layers)?;
+                let Prompt { rows, attention_mask, generation } = *prompt;
                 let mask = attention_mask.as_ref();
                 seq2seq::generate_masked(text_decoder, &base.spec, &generation, &rows, mask, encoded, observer)
             }
@@ -816,7 +817,10 @@ mod tests {
         let pixel_values = Tensor::ones((2, 3, 4, 4), DType::F32, &Device::Cpu).expect("pixels");
         let mut inputs = Tensors::from([("pixel_values".to_owned(), pixel_values)]);
         if let Some(ids) = ids {
-            inputs.insert("input_ids".to_owned(), Tensor::new(ids.to_vec(), &Device::Cpu).expect("ids"));
+            inputs.insert(
+                "input_ids".to_owned(),
+                Tensor::from_slice(ids.as_flattened(), (ids.len(), 3), &Device::Cpu).expect("ids"),
+            );
         }
         Call { method: method.into(), inputs, arguments: arguments.as_object().cloned().unwrap_or_default() }
     }

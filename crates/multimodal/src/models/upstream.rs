@@ -10,7 +10,7 @@ use roofbench_core::cost::PhaseCost;
 use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Session, SessionError, Tensors};
 use roofbench_nn::activation::Activation;
 
-use super::blip::{BlipConfig, Caption, Prompt, Text};
+use super::blip::{BlipConfig, Caption, Prompt};
 use super::clip::{self, ClipConfig};
 use super::{forward_phase, named};
 
@@ -124,7 +124,8 @@ impl Session for StockClip {
     }
 }
 
-/// `candle_transformers::models::blip::BlipForConditionalGeneration` behind our session, without padding.
+/// `candle_transformers::models::blip::BlipForConditionalGeneration` behind our session: one picture,
+/// without padding.
 pub(crate) struct StockBlip {
     spec: ModelSpec,
     cfg: BlipConfig,
@@ -187,8 +188,15 @@ impl StockBlip {
     fn read<'a>(&self, call: &'a Call) -> Result<Caption<'a>, SessionError> {
         without(call, "interpolate_pos_encoding")?;
         let caption = Caption::read(&self.cfg, &self.spec, call)?;
-        let (Caption::Forward { text: Text { attention_mask, .. }, .. }
-        | Caption::Generate { prompt: Prompt { attention_mask, .. }, .. }) = &caption;
+        let (pixels, attention_mask) = match &caption {
+            Caption::Forward { pixels, text } => (pixels, &text.attention_mask),
+            Caption::Generate { pixels, prompt } => (pixels, &prompt.attention_mask),
+        };
+        if pixels.shape()[0] > 1 {
+            let reason =
+                "candle-transformers adds the positions of one text; give one picture, or use --engine roofbench";
+            return Err(SessionError::input("pixel_values", reason));
+        }
         if has_zeros(attention_mask.as_ref())? {
             let reason = "candle-transformers has no padding; use --engine roofbench";
             return Err(SessionError::input("attention_mask", reason));
@@ -220,7 +228,8 @@ impl Session for StockBlip {
                     ("image_embeds", image_embeds),
                 ]))
             }
-            Caption::Generate { prompt: Prompt { rows, generation, .. }, .. } => {
+            Caption::Generate { prompt, .. } => {
+                let Prompt { rows, generation, .. } = &**prompt;
                 generation.run(rows, observer, |tokens| {
                     let ids = tokens.map_or_else(|| rows.concat(), <[i64]>::to_vec);
                     let seq = ids.len() / rows.len();
@@ -307,9 +316,12 @@ mod tests {
         let forward = call("forward", json!({}))?;
         both(spec("CLIPModel", json!({"eos_token_id": 29})), &forward, &["logits_per_text", "logits_per_image"])?;
         let blip = || spec("BlipForConditionalGeneration", json!({"bos_token_id": 28, "sep_token_id": 27}));
-        both(blip(), &forward, &["logits", "image_embeds"])?;
+        let one = |mut call: Call| {
+            call.inputs.values_mut().try_for_each(|x| x.narrow(0, 0, 1).map(|first| *x = first)).map(|()| call)
+        };
+        both(blip(), &one(forward)?, &["logits", "image_embeds"])?;
         let generate = call("generate", json!({"max_new_tokens": 5, "min_new_tokens": 5, "output_logits": true}))?;
-        both(blip(), &generate, &["logits", "sequences"])
+        both(blip(), &one(generate)?, &["logits", "sequences"])
     }
 
     #[test]
@@ -321,12 +333,13 @@ mod tests {
         assert!(error.contains("no activation but quick_gelu"), "{error}");
         let error = message(spec("CLIPModel", json!({"eos_token_id": 7})), &forward);
         assert!(error.contains("does not end with its largest token"), "{error}");
+        let blip = || spec("BlipForConditionalGeneration", json!({"bos_token_id": 28}));
+        assert!(message(blip(), &forward).contains("give one picture"));
         let mask = Tensor::new(&[[1i64, 1, 1, 0], [1, 1, 1, 1]], &Device::Cpu)?;
         forward.inputs.insert("attention_mask".into(), mask);
-        for class in ["CLIPModel", "BlipForConditionalGeneration"] {
-            let error = message(spec(class, json!({"eos_token_id": 29, "bos_token_id": 28})), &forward);
-            assert!(error.contains("has no padding"), "{error}");
-        }
+        assert!(message(spec("CLIPModel", json!({"eos_token_id": 29})), &forward).contains("has no padding"));
+        forward.inputs.values_mut().try_for_each(|x| x.narrow(0, 0, 1).map(|first| *x = first))?;
+        assert!(message(blip(), &forward).contains("has no padding"));
         Ok(())
     }
 }
