@@ -143,6 +143,29 @@ impl<'a> Inputs<'a> {
         Ok(tensor)
     }
 
+    /// Floats of any shape without a dimension of 0.
+    ///
+    /// # Errors
+    /// They are missing, empty or of another type.
+    pub fn floats(&self, name: &str) -> Result<&'a Tensor, SessionError> {
+        let tensor = self.required(name)?;
+        if tensor.elem_count() == 0 {
+            return Err(SessionError::input(name, format!("has shape {:?}, which is empty", tensor.dims())));
+        }
+        if !tensor.dtype().is_float() {
+            return Err(SessionError::input(name, format!("has type {:?}, expected floats", tensor.dtype())));
+        }
+        Ok(tensor)
+    }
+
+    /// The same, or `None` when the call leaves them out.
+    ///
+    /// # Errors
+    /// They are empty or of another type.
+    pub fn optional_floats(&self, name: &str) -> Result<Option<&'a Tensor>, SessionError> {
+        if self.call.inputs.contains_key(name) { self.floats(name).map(Some) } else { Ok(None) }
+    }
+
     /// A plain argument that is true or false; false when the call leaves it out.
     ///
     /// # Errors
@@ -314,6 +337,19 @@ mod tests {
         assert!(read(&[5], DType::F32).starts_with("input `input_values`: has shape [5], expected (batch, samples)"));
         assert!(read(&[2, 0], DType::F32).contains("has shape [2, 0]"));
         assert_eq!(read(&[2, 5], DType::I64), "input `input_values`: has type I64, expected floats");
+    }
+
+    #[test]
+    fn floats_of_any_shape_are_not_empty() {
+        let read = |shape: &[usize], dtype| {
+            let call = call("video", Tensor::zeros(shape, dtype, &Device::Cpu).unwrap());
+            let inputs = Inputs::forward(&call, &["video", "other"], &[]).unwrap();
+            assert!(inputs.optional_floats("other").unwrap().is_none());
+            message(inputs.optional_floats("video"))
+        };
+        assert_eq!(read(&[2, 1, 5], DType::F32), "");
+        assert_eq!(read(&[2, 0, 5], DType::F32), "input `video`: has shape [2, 0, 5], which is empty");
+        assert_eq!(read(&[2], DType::U8), "input `video`: has type U8, expected floats");
     }
 
     #[test]

@@ -158,6 +158,15 @@ const KINDS: &[Kind] = &[
         crop: None,
         ..CLIP
     },
+    Kind {
+        name: "VideoMAE",
+        models: &["videomae"],
+        resample: Filter::Bilinear,
+        mean: HALF,
+        std: HALF,
+        convert_rgb: false,
+        ..CLIP
+    },
 ];
 
 /// What a picture is resized to.

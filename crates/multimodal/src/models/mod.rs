@@ -11,14 +11,17 @@ pub mod donut;
 pub mod encoder_layer;
 pub mod flava;
 pub mod git;
+pub mod imagebind;
 pub mod instructblip;
 pub mod language_model;
 pub mod layoutlm;
 pub mod layoutlmv3;
 pub mod llava;
 pub mod pix2struct;
+pub(crate) mod pre_norm_layer;
 pub mod qformer;
 pub(crate) mod upstream;
+pub mod videomae;
 pub mod vilt;
 pub mod vision_tower;
 
