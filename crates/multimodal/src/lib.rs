@@ -43,6 +43,7 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
+pub mod flava_processor;
 pub mod models;
 pub(crate) mod picture_to_text;
 
@@ -55,19 +56,25 @@ pub use roofbench_core::session::{
 pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, WeightsError};
 pub use serde_json;
 
-use models::{blip, clip, donut, git, pix2struct, upstream};
+use models::{blip, blip_2, clip, donut, flava, git, instructblip, layoutlm, llava, pix2struct, upstream, vilt};
 use roofbench_core::config;
 use roofbench_vision::preprocess::ImageProcessor;
 use roofbench_vision::preprocess::pix2struct::Pix2StructProcessor;
 
 /// The families of the catalog that this crate runs.
-pub const FAMILIES: &[&str] = &["clip", "blip", "git", "pix2struct", "donut"];
-
+pub const FAMILIES: &[&str] =
+    &["clip", "blip", "vilt", "flava", "layoutlm", "llava", "blip-2", "instructblip", "git", "pix2struct", "donut"];
 /// The `transformers` classes of `family` that run; none for a family that is not one of [`FAMILIES`].
 pub fn classes(family: &str) -> &'static [&'static str] {
     match family {
         "clip" => clip::CLASSES,
         "blip" => blip::CLASSES,
+        "vilt" => vilt::CLASSES,
+        "flava" => flava::CLASSES,
+        "layoutlm" => layoutlm::CLASSES,
+        "llava" => llava::CLASSES,
+        "blip-2" => blip_2::CLASSES,
+        "instructblip" => instructblip::CLASSES,
         "git" => git::CLASSES,
         "pix2struct" => pix2struct::CLASSES,
         "donut" => donut::CLASSES,
@@ -80,6 +87,11 @@ pub fn aliases(spec: &ModelSpec) -> &'static [AliasRule] {
     match spec.family.as_str() {
         "clip" => clip::ALIASES,
         "blip" => blip::ALIASES,
+        "vilt" => vilt::aliases(spec),
+        "flava" => flava::aliases(spec),
+        "layoutlm" => layoutlm::aliases(spec),
+        "llava" => llava::aliases(spec),
+        "blip-2" | "instructblip" => blip_2::aliases(spec),
         "git" => git::aliases(spec),
         "pix2struct" => pix2struct::aliases(spec),
         "donut" => donut::aliases(spec),
@@ -100,7 +112,18 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
         ("clip", Engine::Roofbench) => clip::load(spec, vb),
         ("clip", Engine::CandleTransformers) => Ok(Box::new(upstream::StockClip::load(spec, vb)?)),
         ("blip", Engine::Roofbench) => blip::load(spec, vb),
+        ("llava", Engine::Roofbench) => Ok(Box::new(llava::LlavaModel::load(spec, vb)?)),
+        ("blip-2", Engine::Roofbench) => blip_2::load(spec, vb),
+        ("instructblip", Engine::Roofbench) => instructblip::load(spec, vb),
         ("blip", Engine::CandleTransformers) => Ok(Box::new(upstream::StockBlip::load(spec, vb)?)),
+        ("vilt", Engine::Roofbench) => Ok(Box::new(vilt::ViltModel::load(spec, vb)?)),
+        ("flava", Engine::Roofbench) => Ok(Box::new(flava::FlavaModel::load(spec, vb)?)),
+        ("layoutlm", Engine::Roofbench) => layoutlm::load(spec, vb),
+        ("llava", Engine::CandleTransformers) => Err(SessionError::UnsupportedEngine {
+            family: spec.family.clone(),
+            reason: "candle-transformers' model is LLaVA-NeXT, which asks for `image_newline`; use --engine roofbench"
+                .to_owned(),
+        }),
         ("git", Engine::Roofbench) => Ok(Box::new(git::GitModel::load(spec, vb)?)),
         ("pix2struct", Engine::Roofbench) => pix2struct::Pix2StructModel::session(spec, vb),
         ("donut", Engine::Roofbench) => donut::DonutModel::session(spec, vb),
@@ -118,17 +141,15 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
 /// # Errors
 /// Names the family, or the field of `preprocessor_config.json` at fault.
 pub fn processor(family: &str, configs: &BTreeMap<String, Value>) -> Result<Box<dyn Processor>, SessionError> {
-    match family {
-        "clip" | "blip" | "git" | "donut" => {
-            let config = roofbench_vision::preprocessor_config(configs)?;
-            Ok(Box::new(ImageProcessor::from_config(config, family)?))
-        }
-        "pix2struct" => {
-            let config = roofbench_vision::preprocessor_config(configs)?;
-            Ok(Box::new(Pix2StructProcessor::from_config(config)?))
-        }
-        _ => Err(unknown_family(family)),
+    if !FAMILIES.contains(&family) {
+        return Err(unknown_family(family));
     }
+    let config = roofbench_vision::preprocessor_config(configs)?;
+    Ok(match family {
+        "flava" => Box::new(flava_processor::FlavaProcessor::from_config(config)?),
+        "pix2struct" => Box::new(Pix2StructProcessor::from_config(config)?),
+        _ => Box::new(ImageProcessor::from_config(config, family)?),
+    })
 }
 
 fn unknown_family(family: &str) -> SessionError {

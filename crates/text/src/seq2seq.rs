@@ -265,7 +265,10 @@ impl Request {
 }
 
 /// The encoder's tokens (batch, seq) and their mask.
-pub(crate) fn source(inputs: &Inputs, vocab_size: usize) -> Result<(Tensor, Option<Tensor>), SessionError> {
+///
+/// # Errors
+/// Names the argument that is missing or does not fit.
+pub fn source(inputs: &Inputs, vocab_size: usize) -> Result<(Tensor, Option<Tensor>), SessionError> {
     let input_ids = inputs.matrix("input_ids")?;
     in_range("input_ids", &input_ids, "vocab_size", vocab_size)?;
     let attention_mask = inputs.matrix_like("attention_mask", &input_ids)?;

@@ -404,7 +404,7 @@ pub(crate) struct Prompt {
     pub(crate) rows: Vec<Vec<i64>>,
     /// (batch, seq) of 0 and 1.
     pub(crate) attention_mask: Option<Tensor>,
-    pub(crate) generation: Generation,
+    pub(crate) generation: Box<Generation>,
 }
 
 impl Prompt {
@@ -432,13 +432,13 @@ impl Prompt {
         let mut rows = text.input_ids.narrow(1, 0, length)?.to_vec2::<i64>()?;
         rows.iter_mut().for_each(|row| row[0] = cfg.bos_token_id);
         let attention_mask = text.attention_mask.map(|mask| mask.narrow(1, 0, length)).transpose()?;
-        Ok(Self { rows, attention_mask, generation: generation(cfg, spec, call, length)? })
+        Ok(Self { rows, attention_mask, generation: Box::new(generation(cfg, spec, call, length)?) })
     }
 
     /// The start token, for each picture.
     fn start(cfg: &BlipTextConfig, spec: &ModelSpec, call: &Call, pixels: &Pixels) -> Result<Self, SessionError> {
         let rows = vec![vec![cfg.bos_token_id]; pixels.shape()[0] as usize];
-        Ok(Self { rows, attention_mask: None, generation: generation(cfg, spec, call, 1)? })
+        Ok(Self { rows, attention_mask: None, generation: Box::new(generation(cfg, spec, call, 1)?) })
     }
 }
 

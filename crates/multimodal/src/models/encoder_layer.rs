@@ -6,7 +6,7 @@ use candle_nn::VarBuilder;
 use roofbench_core::cost::{self, Cost, Norm};
 use roofbench_core::session::Result;
 use roofbench_nn::activation::Activation;
-use roofbench_nn::attention::{Attention, FirstRows, Mask, Pattern, SelfAttention};
+use roofbench_nn::attention::{Attention, EncoderAttention, FirstRows, Mask, Pattern, SelfAttention};
 use roofbench_nn::linear::Linear;
 use roofbench_nn::mlp::Mlp;
 use roofbench_nn::norm::LayerNorm;
@@ -88,15 +88,10 @@ impl EncoderLayerConfig {
     }
 }
 
-enum Attend {
-    All(SelfAttention),
-    First(FirstRows),
-}
-
 /// A layer: `self_attn`, `mlp` and the norm before each, `layer_norm1` and `layer_norm2`.
 pub struct EncoderLayer {
     layer_norm1: LayerNorm,
-    self_attn: Attend,
+    self_attn: EncoderAttention,
     projection: Linear,
     layer_norm2: LayerNorm,
     mlp: Mlp,
@@ -112,14 +107,14 @@ impl EncoderLayer {
         let qkv = ["q_proj", "k_proj", "v_proj"];
         let (self_attn, projection) = match (cfg.projections, rows) {
             (Projections::Separate, Rows::All) => {
-                (Attend::All(SelfAttention::load(hidden, attention, qkv, true, attn.clone())?), "out_proj")
+                (EncoderAttention::All(SelfAttention::load(hidden, attention, qkv, true, attn.clone())?), "out_proj")
             }
             (Projections::Separate, Rows::First) => {
-                (Attend::First(FirstRows::load(hidden, attention, qkv, true, attn.clone(), 1)?), "out_proj")
+                (EncoderAttention::First(FirstRows::load(hidden, attention, qkv, true, attn.clone())?), "out_proj")
             }
             (Projections::Fused { bias }, Rows::All) => {
                 let qkv = Linear::load(hidden, 3 * hidden, bias, attn.pp("qkv"))?;
-                (Attend::All(SelfAttention::new(qkv, attention)?), "projection")
+                (EncoderAttention::All(SelfAttention::new(qkv, attention)?), "projection")
             }
             (Projections::Fused { bias }, Rows::First) => {
                 let qkv = attn.pp("qkv");
@@ -129,8 +124,8 @@ impl EncoderLayer {
                     let bias = bias.as_ref().map(|bias| bias.narrow(0, begin, width)).transpose()?;
                     Linear::new(&weight.narrow(0, begin, width)?, bias.as_ref())
                 };
-                let attention = FirstRows::new(part(0, hidden)?, part(hidden, 2 * hidden)?, attention, 1)?;
-                (Attend::First(attention), "projection")
+                let attention = FirstRows::new(part(0, hidden)?, part(hidden, 2 * hidden)?, attention)?;
+                (EncoderAttention::First(attention), "projection")
             }
         };
         let norm = |name: &str| LayerNorm::load(hidden, cfg.layer_norm_eps, vb.pp(name));
@@ -151,13 +146,8 @@ impl EncoderLayer {
     /// As for [`Attention::forward`].
     pub fn forward(&self, x: &Tensor, mask: Option<&Mask>) -> Result<Tensor> {
         let normed = self.layer_norm1.forward(x)?;
-        let x = match &self.self_attn {
-            Attend::All(attention) => self.projection.forward_add(&attention.forward(&normed, mask)?, x)?,
-            Attend::First(attention) => {
-                let first = x.narrow(1, 0, 1)?.contiguous()?;
-                self.projection.forward_add(&attention.forward(&normed, mask)?, &first)?
-            }
-        };
+        let (attended, x) = self.self_attn.forward(&normed, x, Some(1), mask)?;
+        let x = self.projection.forward_add(&attended, &x)?;
         self.mlp.forward_add(&self.layer_norm2.forward(&x)?, &x)
     }
 }

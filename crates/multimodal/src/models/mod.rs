@@ -5,12 +5,21 @@ use roofbench_core::cost::{self, Cost, PhaseCost};
 use roofbench_core::session::{Phase, Result, Tensors};
 
 pub mod blip;
+pub mod blip_2;
 pub mod clip;
 pub mod donut;
 pub mod encoder_layer;
+pub mod flava;
 pub mod git;
+pub mod instructblip;
+pub mod language_model;
+pub mod layoutlm;
+pub mod layoutlmv3;
+pub mod llava;
 pub mod pix2struct;
+pub mod qformer;
 pub(crate) mod upstream;
+pub mod vilt;
 pub mod vision_tower;
 
 /// The outputs of a class by their names.

@@ -337,6 +337,23 @@ impl VisionTower {
         self.layers.iter().take(layers).try_fold(x, |x, layer| layer.forward(&x, None))
     }
 
+    /// The streams behind so many layers each, of one pass: see [`hidden_state`](Self::hidden_state).
+    ///
+    /// # Shapes
+    /// (batch, 1 + patches, hidden) each.
+    ///
+    /// # Errors
+    /// Candle's.
+    pub fn hidden_states(&self, pixels: &Pixels, layers: &[usize]) -> Result<Vec<Tensor>> {
+        let mut x = self.embed(pixels)?;
+        let mut states = vec![x.clone(); layers.len()];
+        for (i, layer) in self.layers.iter().take(layers.iter().copied().max().unwrap_or(0)).enumerate() {
+            x = layer.forward(&x, None)?;
+            states.iter_mut().zip(layers).filter(|(_, wanted)| **wanted == i + 1).for_each(|(y, _)| *y = x.clone());
+        }
+        Ok(states)
+    }
+
     /// The stream behind the last layer, as [`hidden_state`](Self::hidden_state).
     ///
     /// # Shapes
