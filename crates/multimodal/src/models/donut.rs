@@ -263,10 +263,10 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_named() -> Result<(), SessionError> {
         for (part, field, value, start) in [
-            ("encoder", "model_type", json!("vit"), "`encoder.model_type` = vit is not supported"),
+            ("encoder", "model_type", json!("vit"), "`encoder.model_type` = \"vit\" is not supported"),
             ("encoder", "use_absolute_embeddings", json!(true), "`encoder.use_absolute_embeddings` = true"),
             ("encoder", "num_heads", json!([3]), "`encoder.num_heads`: 3 does not divide 4"),
-            ("decoder", "model_type", json!("bert"), "`decoder.model_type` = bert is not supported"),
+            ("decoder", "model_type", json!("bert"), "`decoder.model_type` = \"bert\" is not supported"),
             ("decoder", "d_model", json!(7), "`decoder.d_model`: 7 is not a multiple of"),
             ("decoder", "cross_attention_hidden_size", json!(4), "`decoder.cross_attention_hidden_size` = 4"),
         ] {

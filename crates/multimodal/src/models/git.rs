@@ -651,7 +651,7 @@ mod tests {
         for (field, value, start) in [
             ("hidden_size", json!(5), "`hidden_size`: 5 is not a multiple of"),
             ("hidden_act", json!("maxout"), "`hidden_act`: activation `maxout`"),
-            ("position_embedding_type", json!("relative"), "`position_embedding_type` = relative is not supported"),
+            ("position_embedding_type", json!("relative"), "`position_embedding_type` = \"relative\" is not supported"),
             ("num_image_with_embedding", json!(1u64 << 40), "`num_image_with_embedding`: is more than"),
             ("vision_config", json!({"patch_size": 0}), "`vision_config.patch_size`: 0 is not in"),
         ] {
