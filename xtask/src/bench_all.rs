@@ -369,7 +369,7 @@ impl Bench {
                 cell: cell.clone(),
                 engine,
             },
-            settings: Settings { effective: requested.clone(), requested },
+            settings: Settings { effective: requested.clone(), requested, ..Settings::default() },
             outcome,
             warnings: Vec::new(),
             machine: self.probe.machine.clone(),

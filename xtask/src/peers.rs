@@ -7,13 +7,13 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, Command, ExitCode, Stdio};
+use std::process::{Command, ExitCode};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, bail};
 use roofbench_core::catalog::{self, Cell, Family};
 use roofbench_core::hardware::{self, peaks};
+use roofbench_core::harness::alternation::{self, Contender, Process, Ratio};
 use roofbench_core::meters::clock;
 use roofbench_core::stats;
 use serde::{Deserialize, Serialize};
@@ -95,20 +95,10 @@ struct Ready {
     flops: u64,
 }
 
-#[derive(Deserialize)]
-struct Samples {
-    samples_ns: Vec<u64>,
-}
-
 /// An engine that has loaded the cell and waits to be asked.
 struct Engine {
     name: String,
-    child: Child,
-    input: ChildStdin,
-    output: BufReader<std::process::ChildStdout>,
-    calls: u64,
-    /// Median of each round.
-    rounds: Vec<f64>,
+    contender: Contender<Process>,
 }
 
 impl Engine {
@@ -116,58 +106,12 @@ impl Engine {
     fn start(name: &str, mut command: Command, folder: &Path) -> anyhow::Result<(Self, Ready)> {
         let log = folder.join(format!("{name}.log"));
         fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
-        let chatter = fs::File::create(&log).with_context(|| log.display().to_string())?;
+        command.stderr(fs::File::create(&log).with_context(|| log.display().to_string())?);
         let shown = process::shown(&command);
-        let mut child = command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(chatter)
-            .spawn()
-            .with_context(|| format!("starting `{shown}`"))?;
-        let input = child.stdin.take().context("a pipe to the engine")?;
-        let output = BufReader::new(child.stdout.take().context("a pipe from the engine")?);
-        let mut engine = Self { name: name.to_owned(), child, input, output, calls: 1, rounds: Vec::new() };
-        let ready = engine.line().with_context(|| format!("`{shown}` did not become ready; see {}", log.display()))?;
-        let first = engine.ask(1)?;
-        engine.calls = (BURST_NS / first[0].max(1)).clamp(2, 200);
-        Ok((engine, ready))
-    }
-
-    fn line<T: for<'a> Deserialize<'a>>(&mut self) -> anyhow::Result<T> {
-        let mut line = String::new();
-        // Libraries print to standard output as well; ours are the lines that are JSON objects.
-        while !line.starts_with('{') {
-            line.clear();
-            ensure!(self.output.read_line(&mut line)? > 0, "{} ended", self.name);
-        }
-        serde_json::from_str(&line).with_context(|| format!("{} said {line:?}", self.name))
-    }
-
-    fn ask(&mut self, calls: u64) -> anyhow::Result<Vec<u64>> {
-        writeln!(self.input, "{calls}").and_then(|()| self.input.flush()).with_context(|| self.name.clone())?;
-        let answer: Samples = self.line()?;
-        ensure!(
-            answer.samples_ns.len() as u64 == calls,
-            "{} ran {} of {calls} calls",
-            self.name,
-            answer.samples_ns.len()
-        );
-        Ok(answer.samples_ns)
-    }
-
-    /// One burst; its first call wakes threads and caches and is not counted.
-    fn round(&mut self) -> anyhow::Result<()> {
-        let samples = self.ask(self.calls + 1)?;
-        self.rounds.push(stats::median(&samples[1..]).context("samples")?);
-        Ok(())
-    }
-}
-
-impl Drop for Engine {
-    fn drop(&mut self) {
-        // It has nothing to lose, and may ignore the end of its input while it compiles.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let failed = || format!("`{shown}` did not become ready; see {}", log.display());
+        let (process, ready) = Process::start(&mut command).with_context(failed)?;
+        let contender = Contender::new(process, BURST_NS).with_context(failed)?;
+        Ok((Self { name: name.to_owned(), contender }, ready))
     }
 }
 
@@ -270,23 +214,17 @@ fn compare(
             Err(error) => eprintln!("{}/{}: {name} is left out: {error:#}", family.name, cell.name),
         }
     }
-    for round in 0..arguments.rounds as usize {
-        let count = engines.len();
-        for place in 0..count {
-            engines[(round + place) % count].round()?;
-        }
-    }
-    let ours = engines[0].rounds.clone();
+    let mut contenders: Vec<_> = engines.iter_mut().map(|engine| &mut engine.contender).collect();
+    alternation::alternate(&mut contenders, arguments.rounds as usize)?;
+    let ours = engines[0].contender.medians().to_vec();
     let peers = engines[1..].iter().map(|engine| {
-        // In parts per million, because the statistics are on integers.
-        let ratios: Vec<u64> =
-            engine.rounds.iter().zip(&ours).map(|(theirs, ours)| (theirs / ours * 1e6) as u64).collect();
-        let interval = stats::median_interval(&ratios).context("rounds")?;
+        let medians = engine.contender.medians();
+        let ratio = Ratio::of(medians, &ours).context("rounds")?;
         let peer = Peer {
-            median_ns: median(&engine.rounds)?,
-            ratio: stats::median(&ratios).context("rounds")? / 1e6,
-            low: interval.low / 1e6,
-            high: interval.high / 1e6,
+            median_ns: median(medians)?,
+            ratio: ratio.median,
+            low: ratio.low,
+            high: ratio.high,
             error: errors.get(&engine.name).copied().flatten(),
         };
         Ok((engine.name.clone(), peer))

@@ -7,6 +7,7 @@ use std::time::Duration;
 use roofbench_core::catalog::{Cell, Modality};
 use roofbench_core::hardware::Machine;
 use roofbench_core::harness::Plan;
+use roofbench_core::optimize::Switch;
 use roofbench_core::record::Record;
 use roofbench_core::session::Engine;
 use serde::{Deserialize, Serialize};
@@ -45,6 +46,8 @@ pub(crate) struct Job {
     pub(crate) threads: usize,
     /// Threads are pinned to CPUs.
     pub(crate) pin: bool,
+    /// Optimisations that the user wants on or off.
+    pub(crate) switches: Vec<Switch>,
     /// Weights.
     pub(crate) weights: WeightsJob,
     /// Seed of drawn inputs.

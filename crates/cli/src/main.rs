@@ -8,6 +8,7 @@ mod commands;
 mod job;
 mod memory;
 mod models;
+mod optimized;
 mod plan;
 mod supervise;
 mod ui;

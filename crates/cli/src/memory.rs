@@ -1,6 +1,7 @@
 //! Whether a cell fits in memory, asked before its weights are touched.
 
 use roofbench_core::hardware::Machine;
+use roofbench_core::optimize::Plan;
 use roofbench_core::session::Engine;
 use roofbench_core::workload::InputSpec;
 
@@ -31,20 +32,28 @@ impl Estimate {
     }
 }
 
-/// The estimate for `job`: from its parameters (or the size of its files) and the sizes in its config.
-pub(crate) fn estimate(job: &Job) -> Estimate {
-    let element = job.dtype.dtype().size_in_bytes() as f64;
-    let stored = match (&job.weights, job.parameters) {
-        (_, Some(parameters)) => parameters as f64 * element,
-        (WeightsJob::Local { path, .. }, None) => folder_bytes(path),
-        (_, None) => 0.0,
-    };
-    Estimate { weights: stored * PACKING, activations: activations(job) }
+/// Bytes of the weights of `job` in its type, from its parameters or the size of its files, where known.
+pub(crate) fn stored_bytes(job: &Job) -> Option<u64> {
+    let element = job.dtype.dtype().size_in_bytes() as u64;
+    match (&job.weights, job.parameters) {
+        (_, Some(parameters)) => Some(parameters * element),
+        (WeightsJob::Local { path, .. }, None) => Some(folder_bytes(path) as u64),
+        (_, None) => None,
+    }
+}
+
+/// The estimate for `job`: from its parameters (or the size of its files), the form of its weights and the sizes in its
+/// config.
+pub(crate) fn estimate(job: &Job, plan: &Plan) -> Estimate {
+    let stored = stored_bytes(job).unwrap_or_default() as f64;
+    let native_bits = 8.0 * job.dtype.dtype().size_in_bytes() as f64;
+    let weights = stored * PACKING * plan.weight_bits().map_or(1.0, |bits| bits / native_bits);
+    Estimate { weights, activations: activations(job) }
 }
 
 /// A refusal with its numbers when `job` can't fit in what `machine` has.
-pub(crate) fn refusal(job: &Job, machine: &Machine) -> Option<String> {
-    let estimate = estimate(job);
+pub(crate) fn refusal(job: &Job, plan: &Plan, machine: &Machine) -> Option<String> {
+    let estimate = estimate(job, plan);
     let (available, place) = match job.device {
         // Metal's memory is the CPU's.
         DeviceArg::Cpu | DeviceArg::Metal => (machine.memory.available_bytes?, "available memory"),

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
+use roofbench_core::hardware::Machine;
+use roofbench_core::optimize::{Model, Optimization, Plan};
 use roofbench_core::record::Build;
 use roofbench_core::reference;
 use roofbench_core::session::{Engine, ModelSpec, Processor, Session, SessionError, Tensors};
@@ -16,6 +18,8 @@ struct Modality {
     classes: fn(&str) -> &'static [&'static str],
     aliases: fn(&ModelSpec) -> &'static [AliasRule],
     load: Load,
+    optimizations: fn(&str) -> Vec<&'static Optimization>,
+    optimize: fn(&Machine, &Model) -> Plan,
     processor: Option<ProcessorOf>,
 }
 
@@ -33,6 +37,8 @@ const MODALITIES: &[Modality] = &[
         classes: roofbench_text::classes,
         aliases: roofbench_text::aliases,
         load: roofbench_text::load,
+        optimizations: |family| roofbench_text::optimizations(family).to_vec(),
+        optimize: roofbench_text::apply_hardware_optimizations,
         processor: None,
     },
     #[cfg(feature = "vision")]
@@ -41,6 +47,8 @@ const MODALITIES: &[Modality] = &[
         classes: roofbench_vision::classes,
         aliases: |spec| roofbench_vision::aliases(&spec.family),
         load: roofbench_vision::load,
+        optimizations: roofbench_vision::optimizations,
+        optimize: roofbench_vision::apply_hardware_optimizations,
         processor: Some(roofbench_vision::processor),
     },
     #[cfg(feature = "speech")]
@@ -49,6 +57,8 @@ const MODALITIES: &[Modality] = &[
         classes: roofbench_speech::classes,
         aliases: roofbench_speech::aliases,
         load: roofbench_speech::load,
+        optimizations: |family| roofbench_speech::optimizations(family).to_vec(),
+        optimize: roofbench_speech::apply_hardware_optimizations,
         processor: Some(roofbench_speech::processor),
     },
     #[cfg(feature = "multimodal")]
@@ -57,6 +67,8 @@ const MODALITIES: &[Modality] = &[
         classes: roofbench_multimodal::classes,
         aliases: roofbench_multimodal::aliases,
         load: roofbench_multimodal::load,
+        optimizations: |family| roofbench_multimodal::optimizations(family).to_vec(),
+        optimize: roofbench_multimodal::apply_hardware_optimizations,
         processor: Some(roofbench_multimodal::processor),
     },
 ];
@@ -78,6 +90,16 @@ pub(crate) fn families() -> impl Iterator<Item = &'static str> {
 /// The `transformers` classes of `family` that run.
 pub(crate) fn classes(family: &str) -> &'static [&'static str] {
     modality(family).map_or(&[], |modality| (modality.classes)(family))
+}
+
+/// The optimisations of `family`.
+pub(crate) fn optimizations(family: &str) -> Vec<&'static Optimization> {
+    modality(family).map_or_else(Vec::new, |modality| (modality.optimizations)(family))
+}
+
+/// What to do for `model` on `machine`, by the rules of its family.
+pub(crate) fn apply_hardware_optimizations(machine: &Machine, model: &Model) -> Plan {
+    modality(&model.spec.family).map_or_else(Plan::default, |modality| (modality.optimize)(machine, model))
 }
 
 /// Builds models and processors of every family that this build has.

@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::{Context, bail, ensure};
 use roofbench_core::catalog::{self, Cell, Detected, Family};
 use roofbench_core::hardware::Machine;
+use roofbench_core::optimize::{self, Optimization, Switch};
 use roofbench_core::session::Engine;
 use roofbench_core::weights::{HubOptions, Source, Weights};
 use roofbench_core::workload::InputSpec;
@@ -36,6 +37,7 @@ pub(crate) fn plan(arguments: &Arguments, machine: &Machine) -> anyhow::Result<V
     check_device(arguments.device, machine)?;
     let sampling = sampling(arguments)?;
     let threads = threads(arguments, machine)?;
+    check_switches(arguments)?;
     let engines: Vec<Engine> = arguments.engine.iter().map(|&engine| engine.into()).collect();
     let mut jobs = Vec::new();
     for subject in subjects(arguments)? {
@@ -62,6 +64,7 @@ pub(crate) fn plan(arguments: &Arguments, machine: &Machine) -> anyhow::Result<V
                             device: arguments.device,
                             threads,
                             pin: arguments.pin,
+                            switches: arguments.opt.clone(),
                             weights: subject.weights.clone(),
                             seed: arguments.seed,
                             sampling,
@@ -108,6 +111,8 @@ fn requested(
         ("target", sampling.target.to_string()),
     ]);
     requested.extend(arguments.checkpoint.clone().map(|repository| ("checkpoint", repository)));
+    let switches: Vec<String> = arguments.opt.iter().map(Switch::to_string).collect();
+    requested.extend((!switches.is_empty()).then(|| ("opt", switches.join(","))));
     requested.extend(arguments.revision.clone().map(|revision| ("revision", revision)));
     let switches = [
         ("quick", arguments.quick),
@@ -154,6 +159,17 @@ pub(crate) fn title(job: &Job, all: &[Job]) -> String {
         }
     }
     title
+}
+
+/// Every name is one of an optimisation of some family that this build runs.
+fn check_switches(arguments: &Arguments) -> anyhow::Result<()> {
+    let mut known: Vec<&Optimization> = Vec::new();
+    for optimization in models::families().flat_map(models::optimizations) {
+        if known.iter().all(|other| other.name != optimization.name) {
+            known.push(optimization);
+        }
+    }
+    optimize::check(&arguments.opt, &known).context("--opt")
 }
 
 fn check_device(device: DeviceArg, machine: &Machine) -> anyhow::Result<()> {

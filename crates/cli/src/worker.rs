@@ -12,17 +12,18 @@ use roofbench_core::catalog::Cell;
 use roofbench_core::hardware::{self, Conditions, conditions};
 use roofbench_core::harness::{self, Env, HarnessError};
 use roofbench_core::meters::{Meters, clock};
+use roofbench_core::optimize::{OptimizeError, Plan};
 use roofbench_core::record::{Outcome, Record, SCHEMA_VERSION, Settings, Subject, Warning};
 use roofbench_core::reference::Models as _;
 use roofbench_core::session::{Arguments, Call, Engine, ModelSpec, Session, SessionError, Tensors, Unobserved};
 use roofbench_core::stats;
 use roofbench_core::weights::{Source, Weights};
 use roofbench_core::workload::{self, InputSpec};
-use roofbench_nn::pool::{self, Pinning, PoolConfig};
 
 use crate::arguments::EXIT_INTERRUPTED;
 use crate::job::{Job, Message, RawInput, STOP, WeightsJob};
 use crate::models::{Models, engine_name};
+use crate::optimized::{self, Optimized};
 use crate::{answers, memory, models, plan, ui};
 
 /// Set when the planning process asks to finish.
@@ -65,6 +66,7 @@ pub(crate) fn run() -> anyhow::Result<ExitCode> {
     };
     let mut record = record(&job, started_at, outcome);
     record.settings.effective.extend(found.effective);
+    record.settings.optimizations = found.optimizations;
     record.warnings = found.warnings;
     record.subject.cell = found.cell.unwrap_or(record.subject.cell);
     tell(&Message::Record(Box::new(record)))?;
@@ -94,6 +96,7 @@ pub(crate) fn record(job: &Job, started_at: String, outcome: Outcome) -> Record 
         settings: Settings {
             requested: job.requested.clone(),
             effective: effective.map(|(name, value)| (name.to_owned(), value)).into(),
+            optimizations: Plan::default(),
         },
         outcome,
         warnings: Vec::new(),
@@ -107,6 +110,7 @@ pub(crate) fn record(job: &Job, started_at: String, outcome: Outcome) -> Record 
 pub(crate) struct Found {
     effective: BTreeMap<String, String>,
     warnings: Vec<Warning>,
+    optimizations: Plan,
     /// The cell with the inputs that raw ones became.
     cell: Option<Cell>,
 }
@@ -119,14 +123,15 @@ impl Found {
 
 /// Loads the model and measures it, or says why it can't be.
 fn measure(job: &Job, found: &mut Found) -> anyhow::Result<Outcome> {
-    let pin = if job.pin { Pinning::Compact } else { Pinning::None };
-    pool::configure(PoolConfig { threads: job.threads, pin }).context("--threads, --pin")?;
-    found.note("pinning", if job.pin { "one CPU per thread" } else { "none" });
     let device = job.device.open()?;
-    if let Some(reason) = memory::refusal(job, &hardware::probe()) {
+    let spec = spec(job, &device);
+    let optimizations = optimized::plan(job, &spec).context("--opt")?;
+    found.optimizations = optimizations.clone();
+    let pinned = optimized::apply(job, &optimizations)?;
+    found.note("pinning", if pinned { "one CPU per thread" } else { "none" });
+    if let Some(reason) = memory::refusal(job, &optimizations, &hardware::probe()) {
         return Ok(Outcome::Skipped { reason });
     }
-    let spec = spec(job, &device);
 
     let mut meters = Meters::open(&device);
     let clock = clock::Monotonic;
@@ -146,14 +151,14 @@ fn measure(job: &Job, found: &mut Found) -> anyhow::Result<Outcome> {
     };
 
     status("loading");
-    let ((mut session, weights), load) = harness::timed(&mut env, || load(job, &spec))?;
+    let ((mut session, weights), load) = harness::timed(&mut env, || load(job, &spec, &optimizations))?;
     found.note("weights", weights.describe().source);
     found.effective.extend(session.paths().into_iter().map(|(kind, path)| (format!("path.{kind}"), path)));
 
     let (call, answer) = call(job, &spec, &weights, found)?;
     let plan = job.sampling.plan();
     let before = Conditions::now();
-    let measurement = harness::measure(&mut *session, &call, load, &plan, &mut env)?;
+    let measurement = harness::measure(&mut session, &call, load, &plan, &mut env)?;
     let threads = u32::try_from(job.threads).unwrap_or(u32::MAX);
     found.warnings.extend(conditions::between(&before, &Conditions::now(), threads));
     found.warnings.extend(harness::warnings(&measurement, &plan));
@@ -186,7 +191,7 @@ pub(crate) fn spec(job: &Job, device: &Device) -> ModelSpec {
 }
 
 /// The model with its weights, complete.
-pub(crate) fn load(job: &Job, spec: &ModelSpec) -> Result<(Box<dyn Session>, Weights), SessionError> {
+pub(crate) fn load(job: &Job, spec: &ModelSpec, plan: &Plan) -> Result<(Optimized, Weights), SessionError> {
     let (source, ignore_extra, offline) = match &job.weights {
         WeightsJob::Synthetic { seed } => (Source::Synthetic { seed: *seed }, false, true),
         WeightsJob::Local { path, ignore_extra } => (Source::Local { path: path.clone() }, *ignore_extra, true),
@@ -198,7 +203,7 @@ pub(crate) fn load(job: &Job, spec: &ModelSpec) -> Result<(Box<dyn Session>, Wei
     let weights = Weights::open(&source, Models.aliases(spec), &spec.class, &plan::hub_options(offline))?;
     let session = Models.load(spec, &weights)?;
     weights.check_complete(ignore_extra)?;
-    Ok((session, weights))
+    Ok((Optimized::new(session, plan), weights))
 }
 
 /// The call that the cell means, and for real inputs a line on how long it took to prepare them.
@@ -301,13 +306,14 @@ fn shown(progress: harness::Progress) -> String {
     format!("{} {} · {}{spread}", progress.stage, progress.calls, ui::time(progress.last_ns as f64 * 1e-9))
 }
 
-/// The reason, when the error is that an engine has no such model: nothing failed, there is nothing to run.
+/// The reason, when the error is that an engine has no such model, or the model no such choice: nothing failed, there is
+/// nothing to run.
 fn unsupported(error: &anyhow::Error) -> Option<String> {
-    let source = match error.downcast_ref()? {
-        error @ SessionError::UnsupportedEngine { .. } => error,
-        _ => return None,
-    };
-    Some(source.to_string())
+    match (error.downcast_ref(), error.downcast_ref()) {
+        (Some(error @ SessionError::UnsupportedEngine { .. }), _) => Some(error.to_string()),
+        (_, Some(error @ OptimizeError::Impossible { .. })) => Some(error.to_string()),
+        _ => None,
+    }
 }
 
 fn status(text: &str) {

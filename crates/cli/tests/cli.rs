@@ -89,6 +89,49 @@ fn a_local_checkpoint_is_measured_and_kept() {
 }
 
 #[test]
+fn optimizations_are_chosen_recorded_and_refused_by_name() {
+    let folder = with_model();
+    let run =
+        |flags: &str| roofbench(folder.path(), words(&format!("run --weights model --threads 1 {SHORT} {flags}")));
+    run("--opt +weights-q8,-fused-attention --output r.jsonl")
+        .expect(0, &["optimizations: packed-weights, weights-q8"]);
+    let record = records(&folder.path().join("r.jsonl")).remove(0);
+    assert!(matches!(record.outcome, Outcome::Measured(_)), "{:?}", record.outcome);
+    let (requested, effective) = (&record.settings.requested, &record.settings.effective);
+    assert_eq!(requested["opt"], "+weights-q8,-fused-attention");
+    assert!(effective["path.matmul"].starts_with("q8 "), "{effective:?}");
+    assert_eq!(effective["path.attention"], "candle");
+    let plan = &record.settings.optimizations;
+    assert!(plan.decisions.len() > 4 && plan.decisions.iter().all(|decision| !decision.reason.is_empty()), "{plan:?}");
+
+    run("--opt +bf16-products --json").expect(0, &["\"skipped\"", "does not apply to bert here: the weights are f32"]);
+    run("--opt -bf16-products --json").expect(0, &["\"measured\""]);
+    run("--opt +fast").expect(2, &["--opt", "no optimization `fast`", "packed-weights, fused-attention"]);
+    run("--opt +weights-q8 --opt +weights-q4").expect(2, &["--opt", "exclude each other"]);
+    run("--opt fused-attention").expect(2, &["+fused-attention or -fused-attention"]);
+}
+
+#[test]
+fn ablation_compares_each_optimization() {
+    let folder = with_model();
+    let flags = "run --weights model --threads 1 --quick --cell b1/s128 --ablate --dtype bf16";
+    let lines = roofbench(folder.path(), words(&format!("{flags} --json"))).expect(0, &[]).json_lines();
+    let of = |name: &str| lines.iter().find(|line| line["name"] == name).unwrap_or_else(|| panic!("{name}: {lines:?}"));
+    assert!(of("packed-weights")["on"] == true && of("weights-q4")["on"] == false);
+    let speedup = &of("weights-q8")["speedup"];
+    let number = |key: &str| speedup[key].as_f64().expect("a number");
+    assert!(
+        0.0 < number("low") && number("low") <= number("median") && number("median") <= number("high"),
+        "{speedup}"
+    );
+    let error = |name: &str, state: &str| of(name)[state]["error"].as_f64().expect("an error");
+    // bf16 is not f32, and four bits are further from it
+    assert!(error("weights-q4", "with") > error("weights-q4", "without") && error("weights-q4", "without") > 0.0);
+    assert!(!folder.path().join("roofbench-results").exists(), "an ablation keeps no records");
+    roofbench(folder.path(), words(&format!("{flags} --engine candle-transformers"))).expect(1, &["run as they are"]);
+}
+
+#[test]
 fn lists_make_a_grid() {
     let folder = tempdir().unwrap();
     let grid = "run bert vit --batch 1,3 --threads 1 --dtype f32,bf16 --engine roofbench,candle-transformers --dry-run";

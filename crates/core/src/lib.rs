@@ -12,6 +12,7 @@ pub mod harness;
 pub mod inputs;
 pub mod meters;
 pub mod metrics;
+pub mod optimize;
 pub mod record;
 pub mod reference;
 pub mod roofline;

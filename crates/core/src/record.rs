@@ -13,6 +13,7 @@ use crate::catalog::{Cell, Modality};
 use crate::cost::PhaseCost;
 use crate::hardware::Machine;
 use crate::meters::Reading;
+use crate::optimize::Plan;
 use crate::session::{Engine, Phase};
 
 /// Version of the format. A reader refuses newer lines by name; older ones are read.
@@ -74,6 +75,9 @@ pub struct Settings {
     /// As in effect: `dtype`, `threads`, `device` (`cpu`, `cuda:0`), `weights`, pinning, kernel path of each kind of
     /// operation. Reports need the first three.
     pub effective: BTreeMap<String, String>,
+    /// Hardware-aware optimisations that were on and off, each with its reason; empty in older records.
+    #[serde(default)]
+    pub optimizations: Plan,
 }
 
 impl Settings {
@@ -439,6 +443,7 @@ pub(crate) mod tests {
             settings: Settings {
                 requested: text(&[("batch", "1")]),
                 effective: text(&[("device", "cpu"), ("dtype", "f32"), ("threads", "2"), ("weights", "synthetic:0")]),
+                optimizations: Plan::default(),
             },
             outcome: Outcome::Measured(Box::new(Measurement {
                 load_ns: 1_000_000_000,

@@ -52,10 +52,14 @@ pub mod videomae_processor;
 pub use candle_core;
 pub use roofbench_core::classify;
 pub use roofbench_core::cost::{Cost, PhaseCost};
+use roofbench_core::hardware::Machine;
+use roofbench_core::optimize::{Model, Optimization, Plan};
 pub use roofbench_core::session::{
     Arguments, Call, Engine, ModelSpec, Observer, Phase, Processor, Session, SessionError, Tensors, Unobserved,
 };
 pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, WeightsError};
+pub use roofbench_core::{hardware, optimize};
+pub use roofbench_nn::options;
 pub use serde_json;
 
 use imagebind_processor::ImageBindProcessor;
@@ -103,6 +107,16 @@ pub fn classes(family: &str) -> &'static [&'static str] {
         "videomae" => videomae::CLASSES,
         _ => &[],
     }
+}
+
+/// The hardware-aware optimisations of `family`; none for a family that is not one of [`FAMILIES`].
+pub fn optimizations(family: &str) -> &'static [&'static Optimization] {
+    if FAMILIES.contains(&family) { optimize::COMMON } else { &[] }
+}
+
+/// What to do for `model` on `machine`, by the rules of [`optimizations`], each with its reason.
+pub fn apply_hardware_optimizations(machine: &Machine, model: &Model) -> Plan {
+    Plan::decide(optimizations(&model.spec.family), machine, model)
 }
 
 /// How published checkpoints of `spec` name the tensors that [`load`] asks for, for [`Weights::open`].

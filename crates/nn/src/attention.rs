@@ -9,7 +9,7 @@ use crate::cost;
 use crate::gather::RowIndex;
 use crate::kernels::attention as kernel;
 use crate::linear::Linear;
-use crate::op;
+use crate::{op, options};
 
 /// Which keys a query sees by their positions. The queries are the last `queries` of the `keys` positions, so that a
 /// step of decoding with a cache and a whole prompt read the same.
@@ -358,7 +358,8 @@ impl Attention {
         Ok([qkv.narrow(2, 0, queries)?, qkv.narrow(2, queries, keys)?, qkv.narrow(2, queries + keys, keys)?])
     }
 
-    /// On the CPU in f32 a fused kernel, which keeps no score matrix; elsewhere candle's operations.
+    /// On the CPU in f32 a fused kernel, which keeps no score matrix; elsewhere, and where [`options`] say so, candle's
+    /// operations.
     ///
     /// # Shapes
     /// `q` is (batch, queries, heads · head_dim), `k` and `v` (batch, keys, kv_heads · head_dim); any may be a `narrow`
@@ -372,7 +373,7 @@ impl Attention {
             let shape = [sizes.batch, sizes.queries, sizes.keys];
             cost::attention(self.pattern, shape, [self.heads, self.head_dim], q.dtype().size_in_bytes())
         });
-        if ![q, k, v].into_iter().all(op::is_cpu_f32) {
+        if !options::current().fused_attention || ![q, k, v].into_iter().all(op::is_cpu_f32) {
             return self.forward_plain(q, k, v, mask);
         }
         let unit_rows = |x: &Tensor| if x.stride()[2] == 1 { Ok(x.clone()) } else { x.contiguous() };

@@ -15,7 +15,7 @@ use crate::cost;
 use crate::kernels::KernelError;
 use crate::kernels::conv::{After, Geometry, PackedConv, PackedConvTranspose, TransposedGeometry};
 use crate::kernels::matmul::Weights;
-use crate::{memory, op};
+use crate::{memory, op, options};
 
 /// (batch, channels, height, width) → (batch, height, width, channels), or (batch, channels, length) likewise.
 ///
@@ -481,6 +481,9 @@ fn with_bias(y: Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
 fn on_cpu<P>(weight: &Tensor, pack: impl FnOnce(Weights<'_>) -> Result<P>) -> Result<Option<P>> {
     let (storage, layout) = weight.storage_and_layout();
     let Storage::Cpu(storage) = &*storage else { return Ok(None) };
+    if !options::current().packed_weights {
+        return Ok(None);
+    }
     let weights = match storage {
         CpuStorage::F32(_) => Weights::F32(op::elements(storage, layout)?),
         CpuStorage::BF16(_) => Weights::Bf16(op::elements(storage, layout)?),
@@ -492,7 +495,10 @@ fn on_cpu<P>(weight: &Tensor, pack: impl FnOnce(Weights<'_>) -> Result<P>) -> Re
 
 impl<P> Weight<P> {
     fn new(packed: Option<P>, weight: &Tensor, bias: Option<&Tensor>) -> Result<Self> {
-        let Some(packed) = packed else { return Ok(Self::Plain { weight: weight.clone(), bias: bias.cloned() }) };
+        let Some(packed) = packed else {
+            let bias = bias.map(op::unpacked).transpose()?;
+            return Ok(Self::Plain { weight: op::unpacked(weight)?, bias });
+        };
         let bias = bias.map(|bias| bias.to_dtype(DType::F32)?.to_vec1::<f32>()).transpose()?;
         Ok(Self::Packed { packed, bias })
     }
@@ -738,7 +744,7 @@ impl ConvTranspose2d {
         check_bias(bias, out)?;
         let is_half = matches!(weight.dtype(), DType::BF16 | DType::F16) && weight.device().is_cpu();
         let wide = if is_half { weight.to_dtype(DType::F32)? } else { weight.clone() };
-        let packed = if op::is_cpu_f32(&wide) {
+        let packed = if op::is_cpu_f32(&wide) && options::current().packed_weights {
             let weights = wide.flatten_all()?.to_vec1::<f32>()?;
             let packed = PackedConvTranspose::pack(&weights, inputs, out, config.geometry());
             Some(packed.map_err(candle_core::Error::wrap)?)

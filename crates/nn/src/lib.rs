@@ -19,6 +19,7 @@ pub(crate) mod memory;
 pub mod mlp;
 pub mod norm;
 pub(crate) mod op;
+pub mod options;
 pub mod patch_embed;
 pub mod pool;
 pub mod pooling;

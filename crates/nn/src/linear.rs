@@ -13,7 +13,7 @@ use crate::gather::{RowIndex, gather};
 use crate::kernels::KernelError;
 use crate::kernels::matmul::{Epilogue, PackedMatrix, Rows, Weights, matmul, matmul_picked};
 use crate::kernels::quant::{Quantization, QuantizedMatrix, matmul_quantized};
-use crate::{memory, op};
+use crate::{memory, op, options};
 
 /// In what form a layer on the CPU keeps its weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -95,12 +95,18 @@ impl Matrix {
 }
 
 impl Linear {
-    /// From `weight` (out, in) and `bias` (out).
+    /// From `weight` (out, in) and `bias` (out), kept as [`options`] say.
     ///
     /// # Errors
-    /// When the shapes do not fit together.
+    /// When the shapes do not fit together, or as for [`new_with`](Self::new_with).
     pub fn new(weight: &Tensor, bias: Option<&Tensor>) -> Result<Self> {
-        Self::new_with(weight, bias, Precision::Native)
+        let precision = options::current().precision;
+        let linear = Self::new_with(weight, bias, precision)?;
+        if precision != Precision::Native {
+            let native = |x: &Tensor| x.elem_count() * x.dtype().size_in_bytes();
+            options::note_quantized(native(weight) + bias.map_or(0, native), linear.weight_bytes());
+        }
+        Ok(linear)
     }
 
     /// As [`new`](Self::new), with the weights kept as `precision` says.
@@ -129,7 +135,7 @@ impl Linear {
                 weight.dtype(),
                 weight.device().location()
             ),
-            None => Weight::Plain { weight: weight.clone(), bias: None },
+            None => Weight::Plain { weight: op::unpacked(weight)?, bias: None },
         };
         Self { in_dim, out_dim, weight }.with_bias(bias)
     }
@@ -150,7 +156,9 @@ impl Linear {
                 let bias = bias.map(|bias| bias.to_dtype(DType::F32)?.to_vec1::<f32>()).transpose()?;
                 Weight::Packed { matrix: Arc::clone(matrix), bias: bias.map(Arc::from) }
             }
-            Weight::Plain { weight, .. } => Weight::Plain { weight: weight.clone(), bias: bias.cloned() },
+            Weight::Plain { weight, .. } => {
+                Weight::Plain { weight: weight.clone(), bias: bias.map(op::unpacked).transpose()? }
+            }
         };
         Ok(Self { weight, ..*self })
     }
@@ -382,6 +390,9 @@ pub(crate) fn pack(weight: &Tensor, n: usize, k: usize) -> Result<Option<PackedM
 
 /// As [`pack`], in the form that `precision` asks for.
 fn pack_as(weight: &Tensor, n: usize, k: usize, precision: Precision) -> Result<Option<Matrix>> {
+    if precision == Precision::Native && !options::current().packed_weights {
+        return Ok(None);
+    }
     with_weights(weight, n, k, |weights| {
         let quantized = |quantization| QuantizedMatrix::quantize(weights, n, k, quantization).map(Matrix::Quantized);
         match precision {

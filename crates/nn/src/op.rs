@@ -11,6 +11,14 @@ pub(crate) fn is_cpu_f32(x: &Tensor) -> bool {
     x.device().is_cpu() && x.dtype() == DType::F32
 }
 
+/// Weights that no kernel packed: on the CPU in f32, as the activations are there.
+pub(crate) fn unpacked(weight: &Tensor) -> Result<Tensor> {
+    match weight.dtype() {
+        DType::BF16 | DType::F16 if weight.device().is_cpu() => weight.to_dtype(DType::F32),
+        _ => Ok(weight.clone()),
+    }
+}
+
 /// The elements of a contiguous tensor.
 pub(crate) fn elements<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
     let Some((start, end)) = layout.contiguous_offsets() else {

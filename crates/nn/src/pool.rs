@@ -87,6 +87,8 @@ static THREADS: AtomicUsize = AtomicUsize::new(0);
 thread_local! {
     /// Whether this thread is running a task, so that a nested call runs inline.
     static INSIDE: Cell<bool> = const { Cell::new(false) };
+    /// The most threads of a job of this thread.
+    static LIMIT: Cell<usize> = const { Cell::new(usize::MAX) };
 }
 
 /// Replaces the pool; waits for the job that is running, if any, and ends the old threads.
@@ -105,8 +107,19 @@ pub fn configure(config: PoolConfig) -> Result<(), PoolError> {
     Ok(())
 }
 
-/// Threads that work on a job, the caller's included.
+/// From now on the jobs of the calling thread take `threads` threads at most, its own included; `None` takes the limit
+/// off. For phases that more threads do not speed up: the other workers stay as they are, and cost nothing but sleep.
+pub fn limit(threads: Option<usize>) {
+    LIMIT.set(threads.map_or(usize::MAX, |threads| threads.max(1)));
+}
+
+/// Threads that work on a job of the calling thread, its own included.
 pub fn threads() -> usize {
+    pool_threads().min(LIMIT.get())
+}
+
+/// Threads of the pool.
+fn pool_threads() -> usize {
     match THREADS.load(Ordering::Relaxed) {
         0 => {
             let threads = usable_cpus();
@@ -134,8 +147,8 @@ pub fn run(tasks: usize, f: impl Fn(usize) + Sync) {
             Err(TryLockError::WouldBlock) => None,
         };
         if let Some(pool) = guard.as_deref_mut() {
-            let pool = pool.get_or_insert_with(|| Pool::start_most(threads()));
-            let outcome = pool.run(tasks, &f);
+            let pool = pool.get_or_insert_with(|| Pool::start_most(pool_threads()));
+            let outcome = pool.run(threads(), tasks, &f);
             drop(guard);
             if let Err(payload) = outcome {
                 resume_unwind(payload);
@@ -189,6 +202,8 @@ struct Shared {
     gate: Line<AtomicU64>,
     job: Line<AtomicPtr<Job<'static>>>,
     asleep: Vec<Line<AtomicBool>>,
+    /// So many workers, the first, may enter.
+    admitted: AtomicUsize,
     stop: AtomicBool,
     spin: Duration,
 }
@@ -196,7 +211,9 @@ struct Shared {
 impl Shared {
     /// Waits until the gate is open for a job after `seen` and enters; the job's epoch, or `None` to end.
     fn enter(&self, index: usize, seen: u64) -> Option<u64> {
-        let is_open = |gate: u64| gate & OPEN != 0 && gate / EPOCH != seen;
+        // Stored before the gate is opened, and as it was while the gate stays the same.
+        let admitted = || index < self.admitted.load(Ordering::Relaxed);
+        let is_open = |gate: u64| gate & OPEN != 0 && gate / EPOCH != seen && admitted();
         let mut since = None;
         let mut turns = 0u32;
         loop {
@@ -254,6 +271,7 @@ impl Pool {
             gate: Line(AtomicU64::new(0)),
             job: Line(AtomicPtr::new(std::ptr::null_mut())),
             asleep: (1..threads).map(|_| Line(AtomicBool::new(false))).collect(),
+            admitted: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
             spin,
         };
@@ -305,14 +323,18 @@ impl Pool {
         pool
     }
 
-    fn run(&mut self, tasks: usize, f: &(dyn Fn(usize) + Sync)) -> Result<(), Box<dyn Any + Send>> {
+    /// On `threads` threads at most, the caller's included.
+    fn run(&mut self, threads: usize, tasks: usize, f: &(dyn Fn(usize) + Sync)) -> Result<(), Box<dyn Any + Send>> {
         let job = Job { task: f, tasks, next: AtomicUsize::new(0), panic: Mutex::new(None) };
         let shared = &*self.shared;
         shared.job.0.store((&raw const job).cast_mut().cast(), Ordering::Relaxed);
+        if shared.admitted.load(Ordering::Relaxed) != threads - 1 {
+            shared.admitted.store(threads - 1, Ordering::Relaxed);
+        }
         let epoch = shared.gate.0.load(Ordering::Relaxed) / EPOCH + 1;
         // Also the release of the job's pointer.
         shared.gate.0.store(epoch * EPOCH + OPEN, Ordering::SeqCst);
-        for (worker, asleep) in self.workers.iter().zip(&shared.asleep).take(tasks - 1) {
+        for (worker, asleep) in self.workers.iter().zip(&shared.asleep).take(tasks.min(threads) - 1) {
             if asleep.0.load(Ordering::SeqCst) {
                 worker.thread().unpark();
             }
@@ -384,7 +406,7 @@ mod tests {
     /// Each task once, on a pool of its own, so that tests that run side by side do not fall back to running inline.
     fn count(pool: &mut Pool, tasks: usize) -> usize {
         let hits: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
-        pool.run(tasks, &|task| {
+        pool.run(usize::MAX, tasks, &|task| {
             hits[task].fetch_add(1, Ordering::Relaxed);
         })
         .expect("no task panics");
@@ -413,7 +435,7 @@ mod tests {
             }
             // Two tasks that wait for each other need two threads, so a worker must have woken.
             let barrier = std::sync::Barrier::new(2);
-            pool.run(2, &|_| {
+            pool.run(usize::MAX, 2, &|_| {
                 barrier.wait();
             })
             .expect("no task panics");
@@ -424,7 +446,8 @@ mod tests {
     fn a_panic_reaches_the_caller_and_the_pool_goes_on() {
         let mut pool = Pool::start(3, Pinning::None).unwrap();
         for bad in 0..50 {
-            let payload = pool.run(50, &|task| assert!(task != bad, "task {task} fails")).expect_err("one panics");
+            let payload =
+                pool.run(usize::MAX, 50, &|task| assert!(task != bad, "task {task} fails")).expect_err("one panics");
             assert_eq!(payload.downcast_ref::<String>(), Some(&format!("task {bad} fails")));
             assert_eq!(count(&mut pool, 7), 7);
         }
@@ -448,6 +471,27 @@ mod tests {
             });
         }
         assert_eq!(total.into_inner(), 4 * 4 * 5);
+    }
+
+    #[test]
+    fn workers_beyond_the_limit_stay_out() {
+        let mut pool = Pool::start(4, Pinning::None).unwrap();
+        for threads in [4, 2, 1, 3] {
+            let seen = Mutex::new(std::collections::HashSet::new());
+            for _ in 0..200 {
+                pool.run(threads, 40, &|_| {
+                    seen.lock().unwrap().insert(std::thread::current().name().map(str::to_owned));
+                })
+                .expect("no task panics");
+            }
+            let seen = seen.into_inner().unwrap();
+            let beyond = (threads..4).filter(|index| seen.contains(&Some(format!("roofbench-{index}"))));
+            assert_eq!(beyond.count(), 0, "{threads} threads: {seen:?}");
+        }
+        limit(Some(1));
+        assert_eq!(super::threads(), 1);
+        limit(None);
+        assert_eq!(LIMIT.get(), usize::MAX);
     }
 
     #[cfg(target_os = "linux")]

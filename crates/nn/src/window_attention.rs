@@ -5,7 +5,7 @@ use candle_core::{DType, IndexOp, Result, Tensor, bail};
 use crate::attention::{Attention, Mask, Pattern};
 use crate::cost;
 use crate::kernels::window_attention as kernel;
-use crate::{attention, op};
+use crate::{attention, op, options};
 
 /// softmax(q kᵀ · scale + positions) v for each head, where a query sees the keys of its window: the grid cut from its
 /// corner on, the last windows reaching beyond it where the sizes do not divide. Positions outside of the grid are seen
@@ -135,7 +135,7 @@ impl WindowAttention {
             }
         }
         self.note_cost(batch, q.dtype());
-        if ![q, k, v].into_iter().all(op::is_cpu_f32) {
+        if !options::current().fused_attention || ![q, k, v].into_iter().all(op::is_cpu_f32) {
             return self.forward_plain(q, k, v);
         }
         let unit_rows = |x: &Tensor| if x.stride()[2] == 1 { Ok(x.clone()) } else { x.contiguous() };

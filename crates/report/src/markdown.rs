@@ -57,6 +57,15 @@ pub fn markdown(records: &[Record], families: &[&str]) -> String {
             }),
         );
     }
+    let decisions = rows.decisions();
+    if !decisions.is_empty() {
+        section(
+            &mut text,
+            "Optimizations",
+            &["optimization", "state", "decided by", "why", "cells"],
+            decisions.into_iter().map(Vec::from),
+        );
+    }
     let notes = rows.notes();
     if !notes.is_empty() {
         text.push_str("\n## Notes\n\n");

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use roofbench_core::hardware::Machine;
 use roofbench_core::meters::Quantity;
 use roofbench_core::metrics::{self, Derived};
+use roofbench_core::optimize::DecidedBy;
 use roofbench_core::record::{Outcome, Record};
 use roofbench_core::session::{Engine, Phase};
 
@@ -66,7 +67,10 @@ fn settings(record: &Record) -> [Option<String>; 4] {
         Engine::CandleTransformers => "candle-transformers",
     };
     let threads = settings.threads().map(|n| format!("{n} thread{}", if n == 1 { "" } else { "s" }));
-    [Some(engine.to_owned()), settings.dtype().map(str::to_owned), threads, settings.device().map(str::to_owned)]
+    // with the form of the weights, and what a user chose
+    let choices = settings.optimizations.remarkable().into_iter().map(|switch| format!(" {switch}"));
+    let dtype = settings.dtype().map(|dtype| choices.fold(dtype.to_owned(), |all, choice| all + &choice));
+    [Some(engine.to_owned()), dtype, threads, settings.device().map(str::to_owned)]
 }
 
 impl<'a> Rows<'a> {
@@ -104,14 +108,23 @@ impl<'a> Rows<'a> {
 
     /// Every warning, and every reason for a missing number, once, with the cells that it holds for.
     pub(crate) fn notes(&self) -> Vec<String> {
-        let mut notes: Vec<(String, Vec<&str>)> = Vec::new();
-        for list in [Row::warnings, Row::gaps] {
-            for row in &self.rows {
-                for text in list(row) {
-                    match notes.iter_mut().find(|(known, _)| *known == text) {
-                        Some((_, cells)) => cells.push(&row.label),
-                        None => notes.push((text, vec![&row.label])),
-                    }
+        let lists = [Row::warnings, Row::gaps, Row::optimizations].map(|list| self.by_text(list));
+        let mut notes: Vec<String> =
+            lists.into_iter().flatten().map(|(text, cells)| format!("{cells}: {text}")).collect();
+        if self.earlier > 0 {
+            notes.push(format!("earlier records of the same cells that are not shown: {}", self.earlier));
+        }
+        notes
+    }
+
+    /// Each text that `list` gives, once, with the cells that it holds for.
+    fn by_text<T: PartialEq>(&self, list: impl Fn(&Row<'a>) -> Vec<T>) -> Vec<(T, String)> {
+        let mut texts: Vec<(T, Vec<&str>)> = Vec::new();
+        for row in &self.rows {
+            for text in list(row) {
+                match texts.iter_mut().find(|(known, _)| *known == text) {
+                    Some((_, cells)) => cells.push(&row.label),
+                    None => texts.push((text, vec![&row.label])),
                 }
             }
         }
@@ -123,11 +136,22 @@ impl<'a> Rows<'a> {
             }
             few => few.join(", "),
         };
-        let mut notes: Vec<String> = notes.into_iter().map(|(text, of)| format!("{}: {text}", cells(&of))).collect();
-        if self.earlier > 0 {
-            notes.push(format!("earlier records of the same cells that are not shown: {}", self.earlier));
-        }
-        notes
+        texts.into_iter().map(|(text, of)| (text, cells(&of))).collect()
+    }
+
+    /// Optimisations that could be made, each as it was decided: name, state, who decided, why, and the cells.
+    pub(crate) fn decisions(&self) -> Vec<[String; 5]> {
+        let list = |row: &Row<'a>| {
+            let decisions = &row.record.settings.optimizations.decisions;
+            decisions.iter().filter(|d| d.applies && row.derived.is_some()).cloned().collect::<Vec<_>>()
+        };
+        let decisions = self.by_text(list).into_iter().map(|(d, cells)| {
+            let value = d.value.map_or_else(String::new, |value| format!(" {value}"));
+            let by = if d.by == DecidedBy::User { "user" } else { "rule" };
+            let state = if d.on { "on" } else { "off" };
+            [format!("{}{value}", d.name), state.to_owned(), by.to_owned(), d.reason, cells]
+        });
+        decisions.collect()
     }
 }
 
@@ -236,6 +260,16 @@ impl Row<'_> {
         self.record.warnings.iter().map(|w| format!("warning ({}): {}", w.kind, w.message)).collect()
     }
 
+    /// The optimisations that were on, in a line.
+    fn optimizations(&self) -> Vec<String> {
+        let decisions = &self.record.settings.optimizations.decisions;
+        let on: Vec<&str> = decisions.iter().filter(|d| d.on).map(|d| d.name.as_str()).collect();
+        if on.is_empty() || self.derived.is_none() {
+            return Vec::new();
+        }
+        vec![format!("optimizations: {}", on.join(", "))]
+    }
+
     /// Why numbers of this row are missing, each reason once.
     fn gaps(&self) -> Vec<String> {
         let Some(derived) = &self.derived else { return Vec::new() };
@@ -263,6 +297,8 @@ impl Row<'_> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
     use crate::samples;
 
@@ -296,6 +332,26 @@ mod tests {
         let labels: Vec<&str> = rows.rows.iter().map(|row| row.label.as_str()).collect();
         assert_eq!(labels, ["bert/forward/b1/s128 (2 threads)", "bert/forward/b1/s128 (1 thread)", "vit/forward/b1"]);
         assert_eq!(rows.common, "roofbench, f32, cpu");
+    }
+
+    #[test]
+    fn optimizations_are_told_and_set_rows_apart() {
+        let plan = |q8: bool| {
+            let decision =
+                |name: &str, on: bool| json!({"name": name, "on": on, "applies": true, "by": "rule", "reason": "why"});
+            serde_json::from_value(json!([decision("packed-weights", true), decision("weights-q8", q8)])).unwrap()
+        };
+        let (mut usual, mut small) = (samples::bert(10), samples::bert(10));
+        usual.settings.optimizations = plan(false);
+        small.settings.optimizations = plan(true);
+        small.settings.requested.insert("opt".into(), "+weights-q8".into());
+        let records = [usual, small];
+        let rows = Rows::of(&records);
+        assert_eq!(rows.rows[1].label, "bert/forward/b1/s128 (f32 +weights-q8)");
+        assert!(rows.notes().iter().any(|note| note.ends_with("optimizations: packed-weights, weights-q8")));
+        let decisions = rows.decisions();
+        assert_eq!(decisions.len(), 3);
+        assert_eq!(decisions[0], ["packed-weights", "on", "rule", "why", "all measured cells"]);
     }
 
     #[test]

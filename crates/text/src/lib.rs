@@ -45,10 +45,14 @@ pub mod tokenize;
 pub use candle_core;
 use roofbench_core::config;
 pub use roofbench_core::cost::{Cost, PhaseCost};
+use roofbench_core::hardware::Machine;
+use roofbench_core::optimize::{Model, Optimization, Plan};
 pub use roofbench_core::session::{
     Arguments, Call, Engine, ModelSpec, Observer, Phase, Session, SessionError, Tensors, Unobserved,
 };
 pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, WeightsError};
+pub use roofbench_core::{hardware, optimize};
+pub use roofbench_nn::options;
 pub use serde_json;
 
 use causal::{CausalLm, CausalSession};
@@ -72,6 +76,43 @@ pub fn classes(family: &str) -> &'static [&'static str] {
         "phi" => phi::CLASSES,
         _ => &[],
     }
+}
+
+/// The hardware-aware optimisations of `family`; none for a family that is not one of [`FAMILIES`].
+pub fn optimizations(family: &str) -> &'static [&'static Optimization] {
+    if FAMILIES.contains(&family) { optimize::COMMON } else { &[] }
+}
+
+/// What to do for `model` on `machine`, by the rules of [`optimizations`], each with its reason.
+///
+/// ```
+/// use roofbench_text::candle_core::{DType, Device};
+/// use roofbench_text::optimize::Model;
+/// use roofbench_text::options::{self, Options};
+/// use roofbench_text::{Engine, ModelSpec, apply_hardware_optimizations, hardware};
+///
+/// let spec = ModelSpec {
+///     family: "bert".into(),
+///     class: "BertModel".into(),
+///     config: Default::default(),
+///     extra_configs: Default::default(),
+///     dtype: DType::F32,
+///     device: Device::Cpu,
+///     engine: Engine::Roofbench,
+/// };
+/// let model = Model { spec: &spec, weight_bytes: Some(438_000_000), threads: 1, generates: false };
+/// let plan = apply_hardware_optimizations(&hardware::probe(), &model);
+/// assert!(plan.is_on("packed-weights"));
+/// let plan = plan.switched(&["-fused-attention".parse()?], &spec.family)?;
+///
+/// // what this thread loads and calls from here on follows the plan
+/// let mut options = Options::default();
+/// plan.decisions.iter().for_each(|decision| options.switch(&decision.name, decision.on));
+/// options::set(options);
+/// # Ok::<_, Box<dyn std::error::Error>>(())
+/// ```
+pub fn apply_hardware_optimizations(machine: &Machine, model: &Model) -> Plan {
+    Plan::decide(optimizations(&model.spec.family), machine, model)
 }
 
 /// How published checkpoints of `spec` name the tensors that [`load`] asks for, for [`Weights::open`].

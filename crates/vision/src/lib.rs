@@ -59,10 +59,14 @@ pub use candle_core;
 pub use image;
 pub use roofbench_core::classify;
 pub use roofbench_core::cost::{Cost, PhaseCost};
+use roofbench_core::hardware::Machine;
+use roofbench_core::optimize::{Model, Optimization, Plan};
 pub use roofbench_core::session::{
     Arguments, Call, Engine, ModelSpec, Observer, Phase, Processor, Session, SessionError, Tensors, Unobserved,
 };
 pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, WeightsError};
+pub use roofbench_core::{hardware, optimize};
+pub use roofbench_nn::options;
 pub use serde_json;
 
 use models::{convnext, detr, dinov2, resnet, sam, swin, upstream, vit};
@@ -82,6 +86,24 @@ pub fn classes(family: &str) -> &'static [&'static str] {
         "dinov2" => dinov2::CLASSES,
         _ => &[],
     }
+}
+
+/// The hardware-aware optimisations of `family`; none for a family that is not one of [`FAMILIES`].
+pub fn optimizations(family: &str) -> Vec<&'static Optimization> {
+    let common = || optimize::COMMON.iter().copied();
+    match family {
+        // maps and kernels alone
+        "resnet" => vec![&optimize::PACKED_WEIGHTS, &optimize::PINNED_THREADS],
+        "convnext" => common().filter(|optimization| optimization.name != optimize::FUSED_ATTENTION.name).collect(),
+        "vit" => common().chain([&vit::CLASS_TOKEN_ONLY]).collect(),
+        family if FAMILIES.contains(&family) => common().collect(),
+        _ => Vec::new(),
+    }
+}
+
+/// What to do for `model` on `machine`, by the rules of [`optimizations`], each with its reason.
+pub fn apply_hardware_optimizations(machine: &Machine, model: &Model) -> Plan {
+    Plan::decide(&optimizations(&model.spec.family), machine, model)
 }
 
 /// Rules from names in published checkpoints to those that the family's models ask for; none for another's family.

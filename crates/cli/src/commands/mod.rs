@@ -1,5 +1,6 @@
 //! One file per command.
 
+pub(crate) mod ablate;
 pub(crate) mod list;
 pub(crate) mod probe;
 pub(crate) mod report;

@@ -6,9 +6,11 @@ use std::time::Duration;
 
 use anyhow::Context;
 use roofbench_core::meters::clock;
+use roofbench_core::optimize::Switch;
 use roofbench_core::record::{Outcome, Record, StopRule, Writer};
 use serde_json::json;
 
+use super::ablate;
 use crate::arguments::{DTypeArg, DeviceArg, EXIT_FAILED, EXIT_INTERRUPTED, EngineArg, WeightsArg};
 use crate::job::Job;
 use crate::plan;
@@ -35,6 +37,9 @@ Examples:
                                            real weights on real text, and what comes out
   roofbench run vit --weights ./vit-base-patch16-224 --image photo.jpg
                                            real weights on a real picture: the likeliest labels
+  roofbench run llama --opt +weights-q8,-decode-threads
+                                           weights in 8 bits, all threads for decoding
+  roofbench run vit --ablate               what each optimisation is worth here
   roofbench run bert --dry-run             what would be measured
 
 Exit status: 0 all is measured (or skipped with a reason), 1 a cell failed, 2 the command could not start,
@@ -90,6 +95,19 @@ pub(crate) struct Arguments {
     /// Allows more threads than this process may use
     #[arg(long, help_heading = "Grid")]
     pub(crate) oversubscribe: bool,
+
+    /// Optimisations to switch on (`+name`) or off (`-name`); each has a rule that decides it otherwise
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_name = "+NAME,-NAME",
+        help_heading = "Optimizations",
+        allow_hyphen_values = true
+    )]
+    pub(crate) opt: Vec<Switch>,
+    /// In place of a measurement: what each optimisation is worth, by running with and without it in alternation
+    #[arg(long, help_heading = "Optimizations", conflicts_with_all = ["output", "dry_run"])]
+    pub(crate) ablate: bool,
 
     /// A first look: fewer samples, seconds per cell
     #[arg(long, help_heading = "Sampling")]
@@ -156,6 +174,10 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let mut jobs = plan::plan(arguments, &machine)?;
     if arguments.dry_run {
         return dry_run(arguments, &jobs);
+    }
+    if arguments.ablate {
+        super::probe::measure_peaks(&mut machine, false)?;
+        return ablate::run(arguments, &jobs);
     }
     let path = match &arguments.output {
         Some(path) => path.clone(),

@@ -3,6 +3,8 @@
 //! Meters are read and the device is waited for here and nowhere else. What is timed is the call alone: inputs are ready
 //! before, and statistics, progress and the freeing of outputs come after.
 
+pub mod alternation;
+
 mod sampler;
 mod sync;
 mod warmup;

@@ -672,7 +672,7 @@ mod tests {
         assert!(message("forward", &[2, 3, 4, 4], ids).contains("2 items, input_ids hold 1"));
         assert!(message("forward", &[1, 3, 4, 4], None).contains("`input_ids`: is missing"));
         assert!(message("forward", &[1, 3, 4, 6], ids).contains("interpolate_pos_encoding"));
-        assert!(message("generate", &[1, 3, 4, 4], None).contains("comes to 19 positions, the model has 8"));
+        assert!(message("generate", &[1, 3, 4, 4], None).contains("comes to 20 positions, the model has 8"));
         Ok(())
     }
 }

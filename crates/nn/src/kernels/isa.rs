@@ -7,6 +7,10 @@ use std::sync::OnceLock;
 
 use candle_core::{DType, Device};
 
+use super::matmul::PairProduct;
+use crate::linear::Precision;
+use crate::options;
+
 /// An instruction set that every kernel has a path for (or falls back from to the next narrower one).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Isa {
@@ -147,11 +151,22 @@ impl fmt::Display for Dot {
 }
 
 /// Which path the blocks take on `device` with weights in `dtype`, by kind of operation: the instruction set of the fused
-/// kernels, or `candle`.
+/// kernels, with the form of the weights where it is not their own, or `candle`.
 pub fn paths(device: &Device, dtype: DType) -> BTreeMap<String, String> {
+    let options = options::current();
     let fused = device.is_cpu() && matches!(dtype, DType::F32 | DType::BF16 | DType::F16);
-    let path = if fused { Isa::current().to_string() } else { "candle".to_owned() };
-    ["matmul", "attention", "norm"].map(|kind| (kind.to_owned(), path.clone())).into()
+    let (candle, isa) = (|| "candle".to_owned(), Isa::current());
+    let matmul = match options.precision {
+        _ if !fused => candle(),
+        Precision::Q8 => format!("q8 {}", Dot::current()),
+        Precision::Q4 => format!("q4 {}", Dot::current()),
+        Precision::Native if !options.packed_weights => candle(),
+        Precision::Native if dtype == DType::BF16 && PairProduct::chosen().is_some() => format!("{isa} bf16"),
+        Precision::Native => isa.to_string(),
+    };
+    let attention = if fused && options.fused_attention { isa.to_string() } else { candle() };
+    let norm = if fused { isa.to_string() } else { candle() };
+    [("matmul", matmul), ("attention", attention), ("norm", norm)].map(|(kind, path)| (kind.to_owned(), path)).into()
 }
 
 impl fmt::Display for Isa {

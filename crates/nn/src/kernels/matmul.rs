@@ -53,7 +53,7 @@ use super::{KernelError, math};
 use crate::activation::Activation;
 use crate::gather::ZEROS;
 use crate::memory::Buffer;
-use crate::pool;
+use crate::{options, pool};
 
 /// Vectors in a row of a panel.
 pub(super) const VECTORS: usize = 2;
@@ -117,26 +117,25 @@ pub(super) enum PairProduct {
 }
 
 impl PairProduct {
-    /// The one that this CPU multiplies bf16 faster with than f32, if there is one.
+    /// The one that products of bf16 take: that which this CPU has, if it is faster than f32 or [`options`] ask for it.
     ///
     /// With `vdpbf16ps` an AMD Zen 4 or 5 does twice the multiplications of f32, an Intel of the fourth generation half
     /// of them, so the two are timed once, on registers, for some microseconds. `ROOFBENCH_BF16=f32` turns it off and
     /// `ROOFBENCH_BF16=dot` on.
-    fn faster() -> Option<Self> {
+    pub(super) fn chosen() -> Option<Self> {
         #[cfg(target_arch = "x86_64")]
         {
             static FASTER: OnceLock<bool> = OnceLock::new();
-            let faster = *FASTER.get_or_init(|| {
-                if Isa::current() != Isa::Avx512 || !is_x86_feature_detected!("avx512bf16") {
-                    return false;
-                }
-                match std::env::var("ROOFBENCH_BF16").as_deref() {
-                    Ok("dot") => true,
-                    Ok("f32") => false,
-                    _ => pairs_over_single() > 1.2,
-                }
-            });
-            faster.then_some(Self::Avx512Bf16)
+            if Isa::current() != Isa::Avx512 || !is_x86_feature_detected!("avx512bf16") {
+                return None;
+            }
+            let faster = || match std::env::var("ROOFBENCH_BF16").as_deref() {
+                Ok("dot") => true,
+                Ok("f32") => false,
+                _ => pairs_over_single() > 1.2,
+            };
+            let chosen = options::current().bf16_products.unwrap_or_else(|| *FASTER.get_or_init(faster));
+            chosen.then_some(Self::Avx512Bf16)
         }
         #[cfg(not(target_arch = "x86_64"))]
         None
@@ -197,7 +196,7 @@ impl PackedMatrix {
     /// # Errors
     /// When the length is not n · k.
     pub fn pack(weights: Weights<'_>, n: usize, k: usize) -> Result<Self, KernelError> {
-        match (weights, PairProduct::faster()) {
+        match (weights, PairProduct::chosen()) {
             (Weights::Bf16(w), Some(product)) => Self::pack_pairs(Isa::current(), product, w, n, k),
             _ => Self::pack_for(Isa::current(), weights, n, k),
         }

@@ -10,7 +10,8 @@ use roofbench_core::classify::label_count;
 use roofbench_core::config;
 use roofbench_core::cost::{self, Cost, Norm, PhaseCost};
 use roofbench_core::inputs::Inputs;
-use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Result, Session, SessionError, Tensors};
+use roofbench_core::optimize::{Optimization, Verdict};
+use roofbench_core::session::{Call, Engine, ModelSpec, Observer, Phase, Result, Session, SessionError, Tensors};
 use roofbench_core::weights::{AliasRule, AliasScope};
 use roofbench_nn::activation::Activation;
 use roofbench_nn::attention::{Attention, EncoderAttention, Mask, Pattern};
@@ -18,6 +19,7 @@ use roofbench_nn::kernels::isa;
 use roofbench_nn::linear::Linear;
 use roofbench_nn::mlp::Mlp;
 use roofbench_nn::norm::LayerNorm;
+use roofbench_nn::options;
 use roofbench_nn::patch_embed::PatchEmbed;
 use roofbench_nn::resize;
 use serde::Deserialize;
@@ -40,6 +42,19 @@ pub(crate) const ALIASES: &[AliasRule] = &[
     },
     AliasRule { pattern: r"^vit\.pooler\.", replacement: None, applies: AliasScope::Head },
 ];
+
+/// The last layer for the class token alone, where the class uses nothing else of it.
+pub(crate) const CLASS_TOKEN_ONLY: Optimization = Optimization {
+    name: "class-token-only",
+    about: "the last layer computes queries and what follows them for the class token alone; else for every patch",
+    rule: |_, model| match (model.spec.engine, model.spec.class.as_str()) {
+        (Engine::CandleTransformers, _) => Verdict::impossible("the stock model is run as it is"),
+        (_, "ViTForImageClassification") => {
+            Verdict::on("the class reads the class token of the last layer and no patch")
+        }
+        (_, class) => Verdict::impossible(format!("{class} gives the last layer's states of all patches")),
+    },
+};
 
 /// The part of `config.json` that shapes the computation; field names are the file's own.
 #[derive(Debug, Clone, Deserialize)]
@@ -470,9 +485,10 @@ impl ViTModel {
             HeadKind::Pooler => vb.clone(),
             HeadKind::Classifier { .. } => vb.pp("vit"),
         };
+        let class_token_only = options::current().class_token_only && kind.rows().is_some();
         Ok(Self {
             embeddings: Embeddings::load(&cfg, false, vit.pp("embeddings"))?,
-            encoder: Encoder::load(&cfg.encoder(), kind.rows().is_some(), vit.pp("encoder"))?,
+            encoder: Encoder::load(&cfg.encoder(), class_token_only, vit.pp("encoder"))?,
             layernorm: cfg.layer_norm(vit.pp("layernorm"))?,
             head: Head::load(kind, &cfg, vb)?,
             kind,
@@ -737,6 +753,21 @@ mod tests {
             // each weight is off by at most 2^-9 of itself in bf16; logits are of order 1, four layers deep
             assert!(error > 0.0 && error < 3e-2, "{dtype:?}: {error}");
         }
+        Ok(())
+    }
+
+    #[test]
+    fn the_class_token_alone_gives_what_all_rows_give() -> Result<(), SessionError> {
+        let spec = spec("ViTForImageClassification", json!({"num_hidden_layers": 2}));
+        let call = call([2, 1, 4, 4], false);
+        let run = || Ok::<_, SessionError>(synthetic_model(&spec)?.call(&call, &mut Unobserved)?["logits"].clone());
+        let mut all = options::Options::default();
+        all.switch("class-token-only", false);
+        let (alone, recorded) = roofbench_nn::cost::record(run);
+        let (together, recorded_of_all) = options::with(all, || roofbench_nn::cost::record(run));
+        let difference = (alone? - together?)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
+        assert!(difference < 1e-5, "{difference}");
+        assert!(recorded.flops < recorded_of_all.flops);
         Ok(())
     }
 
