@@ -36,6 +36,11 @@ impl<'a> Inputs<'a> {
         Ok(Self { call })
     }
 
+    /// An input as it is, or `None` when the call leaves it out.
+    pub fn optional(&self, name: &str) -> Option<&'a Tensor> {
+        self.call.inputs.get(name)
+    }
+
     fn required(&self, name: &str) -> Result<&'a Tensor, SessionError> {
         self.call.inputs.get(name).ok_or_else(|| SessionError::input(name, "is missing"))
     }
@@ -122,6 +127,41 @@ impl<'a> Inputs<'a> {
             return Err(SessionError::input(name, format!("has type {:?}, expected floats", tensor.dtype())));
         }
         Ok(tensor)
+    }
+
+    /// Floats of the dimensions `shape`, each a name and, where it is fixed, a size; none of them is 0.
+    ///
+    /// # Errors
+    /// It is missing, or has another shape or type.
+    pub fn floats(&self, name: &str, shape: &[(&str, Option<usize>)]) -> Result<&'a Tensor, SessionError> {
+        let tensor = self.required(name)?;
+        let fits =
+            |(found, (_, fixed)): (&usize, &(&str, Option<usize>))| fixed.map_or(*found > 0, |size| *found == size);
+        if tensor.rank() != shape.len() || !tensor.dims().iter().zip(shape).all(fits) {
+            let dimension = |(name, fixed): &(&str, Option<usize>)| match fixed {
+                Some(size) => format!("{name} = {size}"),
+                None => (*name).to_owned(),
+            };
+            let expected = shape.iter().map(dimension).collect::<Vec<_>>().join(", ");
+            let reason = format!("has shape {:?}, expected ({expected}), none of them 0", tensor.dims());
+            return Err(SessionError::input(name, reason));
+        }
+        if !tensor.dtype().is_float() {
+            return Err(SessionError::input(name, format!("has type {:?}, expected floats", tensor.dtype())));
+        }
+        Ok(tensor)
+    }
+
+    /// The same, or `None` when the call leaves them out.
+    ///
+    /// # Errors
+    /// Another shape or type.
+    pub fn optional_floats(
+        &self,
+        name: &str,
+        shape: &[(&str, Option<usize>)],
+    ) -> Result<Option<&'a Tensor>, SessionError> {
+        if self.call.inputs.contains_key(name) { self.floats(name, shape).map(Some) } else { Ok(None) }
     }
 
     /// A plain argument that is true or false; false when the call leaves it out.
@@ -291,6 +331,17 @@ mod tests {
         assert!(read(&[5], DType::F32).starts_with("input `input_values`: has shape [5], expected (batch, samples)"));
         assert!(read(&[2, 0], DType::F32).contains("has shape [2, 0]"));
         assert_eq!(read(&[2, 5], DType::I64), "input `input_values`: has type I64, expected floats");
+    }
+
+    #[test]
+    fn dimensions_of_floats_are_named() {
+        let call = call("x", Tensor::zeros((2, 3), DType::F32, &Device::Cpu).unwrap());
+        let inputs = Inputs::of_any_method(&call, &["x"]).unwrap();
+        assert_eq!(inputs.floats("x", &[("batch", None), ("bins", Some(3))]).unwrap().dims(), [2, 3]);
+        let error = message(inputs.floats("x", &[("batch", None), ("bins", Some(4))]));
+        assert_eq!(error, "input `x`: has shape [2, 3], expected (batch, bins = 4), none of them 0");
+        assert!(message(inputs.floats("x", &[("batch", None)])).contains("expected (batch)"));
+        assert!(inputs.optional_floats("y", &[("batch", None)]).unwrap().is_none());
     }
 
     #[test]
