@@ -27,8 +27,13 @@ fn steps_on_a_cache_equal_one_forward_pass() {
             call.inputs.insert("decoder_input_ids".into(), sequences.clone());
         } else {
             call.inputs.insert("input_ids".into(), sequences.clone());
-            call.inputs
-                .insert("attention_mask".into(), Tensor::ones((batch, length), DType::I64, &Device::Cpu).unwrap());
+            // padding of the prompt is none of what was made
+            let ones = |length| Tensor::ones((batch, length), DType::I64, &Device::Cpu).unwrap();
+            let mask = match call.inputs.get("attention_mask") {
+                Some(mask) => Tensor::cat(&[mask, &ones(length - mask.dim(1).unwrap())], 1).unwrap(),
+                None => ones(length),
+            };
+            call.inputs.insert("attention_mask".into(), mask);
         }
         (call.method, call.arguments) = ("forward".into(), Default::default());
         // a class that only generates has no forward pass over sequences to compare with

@@ -47,9 +47,9 @@ pub(crate) struct Arguments {
     /// Threads of every engine [default: all that may be used]
     #[arg(long)]
     threads: Option<u32>,
-    /// Type of weights of every engine
-    #[arg(long, default_value = "f32")]
-    dtype: String,
+    /// Type of weights of every engine [default: the family's own]
+    #[arg(long)]
+    dtype: Option<String>,
 }
 
 /// What was measured on one CPU model: the content of `docs/performance/<cpu>.json`.
@@ -227,6 +227,7 @@ fn compare(
     family: &Family,
     cell: &Cell,
 ) -> anyhow::Result<(CellResult, BTreeMap<String, String>)> {
+    let dtype = arguments.dtype.as_deref().unwrap_or(&family.dtype);
     let case = process::target()?.join("peers").join(format!("{}-{}", family.name, cell.name.replace('/', "-")));
     let ours = |engine: &str| {
         let mut command = Command::new(binary);
@@ -238,7 +239,7 @@ fn compare(
             "--engine",
             engine,
             "--dtype",
-            &arguments.dtype,
+            dtype,
         ]);
         command.args(["--threads", &threads.to_string(), "--case"]).arg(&case);
         // candle's own operations run on rayon's threads
@@ -257,7 +258,7 @@ fn compare(
         } else {
             let mut command = Command::new(python);
             command.arg(process::root().join("xtask/peers/peer.py")).arg("--case").arg(&case);
-            command.args(["--engine", name, "--threads", &threads.to_string(), "--dtype", &arguments.dtype]);
+            command.args(["--engine", name, "--threads", &threads.to_string(), "--dtype", dtype]);
             command
         };
         match Engine::start(name, command, &case) {
@@ -292,7 +293,7 @@ fn compare(
     });
     let result = CellResult {
         measured_at: clock::utc_now(),
-        dtype: arguments.dtype.clone(),
+        dtype: dtype.to_owned(),
         rounds: arguments.rounds,
         flops,
         ours_ns: median(&ours)?,

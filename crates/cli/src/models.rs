@@ -125,6 +125,7 @@ pub(crate) fn engine_name(engine: Engine) -> &'static str {
 /// # Errors
 /// The file can't be read; or this build has no text models.
 pub(crate) fn encoder(
+    family: &str,
     tokenizer: &Path,
     texts: &[String],
     device: &Device,
@@ -133,12 +134,65 @@ pub(crate) fn encoder(
     return {
         let tokenizer = roofbench_text::tokenize::Tokenizer::from_file(tokenizer)?;
         let (texts, device) = (texts.to_vec(), device.clone());
-        Ok(Box::new(move || tokenizer.encode(&texts, &device)))
+        // decoders and encoder-decoders have no segments
+        let has_segments = family == "bert";
+        Ok(Box::new(move || {
+            let mut tensors = tokenizer.encode(&texts, &device)?;
+            if !has_segments {
+                tensors.remove("token_type_ids");
+            }
+            Ok(tensors)
+        }))
     };
     #[cfg(not(feature = "text"))]
     return Err(SessionError::File {
         path: tokenizer.to_owned(),
-        reason: format!("this build reads no text ({} on {device:?}); build it with --features text", texts.len()),
+        reason: format!(
+            "this build reads no text ({} for {family} on {device:?}); build it with --features text",
+            texts.len()
+        ),
+    });
+}
+
+/// A word and its probability.
+pub(crate) type Filling = (String, f32);
+
+/// What stands at each mask of the texts, the likeliest words first, by the scores of a masked language model.
+///
+/// # Errors
+/// The tokenizer's file can't be read, or shapes don't fit; or this build has no text models.
+pub(crate) fn fillings(
+    tokenizer: &Path,
+    input_ids: &Tensor,
+    logits: &Tensor,
+    top: usize,
+) -> Result<Vec<Vec<Vec<Filling>>>, SessionError> {
+    #[cfg(feature = "text")]
+    return {
+        let tokenizer = roofbench_text::tokenize::Tokenizer::from_file(tokenizer)?;
+        roofbench_text::tasks::fill_mask(&tokenizer, input_ids, logits, top)
+    };
+    #[cfg(not(feature = "text"))]
+    return Err(SessionError::File {
+        path: tokenizer.to_owned(),
+        reason: format!("this build reads no text ({input_ids}, {logits}, {top})"),
+    });
+}
+
+/// The texts of generated `sequences` (texts, tokens) from token `start` on.
+///
+/// # Errors
+/// The tokenizer's file can't be read; or this build has no text models.
+pub(crate) fn texts(tokenizer: &Path, sequences: &Tensor, start: usize) -> Result<Vec<String>, SessionError> {
+    #[cfg(feature = "text")]
+    return {
+        let tokenizer = roofbench_text::tokenize::Tokenizer::from_file(tokenizer)?;
+        roofbench_text::tasks::generated(&tokenizer, sequences, start)
+    };
+    #[cfg(not(feature = "text"))]
+    return Err(SessionError::File {
+        path: tokenizer.to_owned(),
+        reason: format!("this build reads no text ({sequences} from {start})"),
     });
 }
 

@@ -371,10 +371,12 @@ fn cells(arguments: &Arguments, subject: &Subject, raw: Option<&RawInput>) -> an
             RawInput::Texts(texts) => ("text", texts.len()),
             RawInput::Images(paths) => ("image", paths.len()),
         };
+        let generates = standard.first().is_some_and(|cell| cell.new_tokens.is_some());
+        let method = if generates { "generate" } else { "forward" };
         // The worker fills in the inputs, whose shapes the tokenizer or the picture decides.
         let first = standard.first().with_context(|| format!("{} has no cells", subject.family.name))?;
         let (batch, inputs) = (batch as u64, BTreeMap::new());
-        return Ok(vec![Cell { name: format!("forward/{name}/b{batch}"), batch, inputs, ..first.clone() }]);
+        return Ok(vec![Cell { name: format!("{method}/{name}/b{batch}"), batch, inputs, ..first.clone() }]);
     }
     let mut cells: Vec<Cell> = Vec::new();
     for cell in standard {

@@ -163,7 +163,8 @@ fn measure(job: &Job, found: &mut Found) -> anyhow::Result<Outcome> {
         let outputs = session.call(&call, &mut Unobserved)?;
         tell(&Message::Answer(preparation))?;
         if let Some(raw) = &job.raw
-            && let Some(text) = answers::describe(raw, &call.inputs, &outputs, &job.config)?
+            && let Some(text) =
+                answers::describe(raw, &call.inputs, &outputs, &job.config, weights.file("tokenizer.json").as_deref())?
         {
             tell(&Message::Answer(text))?;
         }
@@ -209,10 +210,16 @@ pub(crate) fn call(
 ) -> anyhow::Result<(Call, Option<String>)> {
     let mut arguments = job.cell.arguments.clone();
     if let Some(new_tokens) = job.cell.new_tokens {
-        arguments.extend(["max_new_tokens", "min_new_tokens"].map(|name| (name.to_owned(), new_tokens.into())));
+        arguments.insert("max_new_tokens".to_owned(), new_tokens.into());
+        if job.raw.is_none() {
+            // so many exactly and the likeliest, whatever the checkpoint's generation_config.json says
+            arguments.insert("min_new_tokens".to_owned(), new_tokens.into());
+            arguments.insert("do_sample".to_owned(), false.into());
+            arguments.insert("num_beams".to_owned(), 1.into());
+        }
     }
     let method = match job.cell.name.split('/').next().unwrap_or_default() {
-        "encode-decode" => "forward",
+        "encode-decode" | "embed" => "forward",
         method => method,
     };
     let (inputs, answer) = match &job.raw {
@@ -251,7 +258,7 @@ fn prepared(raw: &RawInput, spec: &ModelSpec, weights: &Weights) -> anyhow::Resu
                     "--text: {source} has no tokenizer.json, which turns text into tokens; put it beside the weights"
                 )
             })?;
-            models::encoder(&path, texts, &spec.device)?
+            models::encoder(&spec.family, &path, texts, &spec.device)?
         }
         RawInput::Images(paths) => {
             let processor = Models.processor(&spec.family, &spec.extra_configs).context("--image")?;

@@ -96,6 +96,45 @@ pub fn with_defaults(spec: &ModelSpec, defaults: &[(&str, Value)]) -> ModelSpec 
     spec
 }
 
+/// Reads the config that config.json holds in `field` with `read`, to which it is the whole file. It is empty where absent
+/// or null. Errors name its fields with the place: `vision_config.hidden_size`.
+///
+/// ```
+/// use roofbench_core::config::{nested, sizes};
+/// # use roofbench_core::session::{Engine, ModelSpec};
+/// # let spec = ModelSpec {
+/// #     family: "clip".into(), class: "CLIPModel".into(), config: serde_json::json!({"text_config": {"hidden_size": 0}}),
+/// #     extra_configs: Default::default(), dtype: candle_core::DType::F32, device: candle_core::Device::Cpu,
+/// #     engine: Engine::Roofbench,
+/// # };
+/// // config.json has `"text_config": {"hidden_size": 0}`
+/// let read = |part: &ModelSpec| sizes(&[("hidden_size", part.config["hidden_size"].as_u64().unwrap_or(1) as usize)]);
+/// let error = nested(&spec, "text_config", read).unwrap_err().to_string();
+/// assert!(error.starts_with("config.json: `text_config.hidden_size`: 0 is not in"));
+/// ```
+///
+/// # Errors
+/// Those of `read`, and what is no object.
+pub fn nested<T>(
+    spec: &ModelSpec,
+    field: &str,
+    read: impl FnOnce(&ModelSpec) -> Result<T, SessionError>,
+) -> Result<T, SessionError> {
+    let config = match spec.config.get(field) {
+        None | Some(Value::Null) => Value::Object(Default::default()),
+        Some(part @ Value::Object(_)) => part.clone(),
+        Some(other) => return Err(invalid(field, format!("is {other}, expected an object"))),
+    };
+    let within = |inner: String| if inner == "." { field.to_owned() } else { format!("{field}.{inner}") };
+    read(&ModelSpec { config, ..spec.clone() }).map_err(|error| match error {
+        SessionError::Config { field, reason } => SessionError::Config { field: within(field), reason },
+        SessionError::UnsupportedConfig { family, field, value, supported } => {
+            SessionError::UnsupportedConfig { family, field: within(field), value, supported }
+        }
+        other => other,
+    })
+}
+
 /// The refusal of `value` in `field`.
 pub fn unsupported(spec: &ModelSpec, field: &str, value: &Value, supported: &[Value]) -> SessionError {
     let plain = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);

@@ -91,6 +91,25 @@ impl<'a> Inputs<'a> {
         }
     }
 
+    /// Integers of `shape` as i64, or `None` when the call leaves them out.
+    ///
+    /// # Errors
+    /// Another shape or type.
+    pub fn integers(&self, name: &str, shape: &[usize]) -> Result<Option<Tensor>, SessionError> {
+        match self.call.inputs.get(name) {
+            None => Ok(None),
+            Some(tensor) if tensor.dims() == shape => integers(name, tensor).map(Some),
+            Some(tensor) => {
+                Err(SessionError::input(name, format!("has shape {:?}, expected {shape:?}", tensor.dims())))
+            }
+        }
+    }
+
+    /// Whether the call has the tensor.
+    pub fn has(&self, name: &str) -> bool {
+        self.call.inputs.contains_key(name)
+    }
+
     /// Pictures: floats (batch, `channels`, height, width), no dimension 0.
     ///
     /// # Errors
@@ -279,6 +298,10 @@ mod tests {
         );
         assert_eq!(inputs.optional_matrix("mask").unwrap().map(|mask| mask.dims().to_vec()), Some(vec![1, 2]));
         assert!(inputs.optional_matrix("other").unwrap().is_none());
+        assert!(inputs.has("mask") && !inputs.has("other"));
+        assert_eq!(inputs.integers("mask", &[1, 2]).unwrap().map(|mask| mask.dims().to_vec()), Some(vec![1, 2]));
+        assert!(inputs.integers("other", &[1, 2]).unwrap().is_none());
+        assert!(message(inputs.integers("mask", &[2, 1])).contains("has shape [1, 2], expected [2, 1]"));
     }
 
     #[test]

@@ -3,11 +3,47 @@
 //! This crate deliberately does not know how a measurement is made or where a report goes: it prepares what a checkpoint's
 //! own processor config says, builds the model that config.json describes from the pieces of the text, vision and speech
 //! crates, and puts it behind [`Session`].
+//!
+//! A CLIP of a few thousand weights, made up from a seed, says which of two texts is nearer to a picture:
+//!
+//! ```
+//! use roofbench_multimodal::candle_core::{DType, Device, Tensor};
+//! use roofbench_multimodal::serde_json::json;
+//! use roofbench_multimodal::{Call, Engine, HubOptions, ModelSpec, Source, Unobserved, Weights, aliases, load};
+//!
+//! let tower = json!({"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2});
+//! let (mut text, mut vision) = (tower.clone(), tower);
+//! (text["vocab_size"], text["eos_token_id"]) = (30.into(), 29.into());
+//! (vision["image_size"], vision["patch_size"]) = (16.into(), 8.into());
+//! let spec = ModelSpec {
+//!     family: "clip".into(),
+//!     class: "CLIPModel".into(),
+//!     config: json!({"projection_dim": 4, "text_config": text, "vision_config": vision}),
+//!     extra_configs: Default::default(),
+//!     dtype: DType::F32,
+//!     device: Device::Cpu,
+//!     engine: Engine::Roofbench,
+//! };
+//! // `Source::Local` opens a checkpoint folder, `Source::Hub` a repository
+//! let source = Source::Synthetic { seed: 0 };
+//! let weights = Weights::open(&source, aliases(&spec), &spec.class, &HubOptions::from_env())?;
+//! let mut session = load(&spec, &weights)?;
+//!
+//! let inputs = [
+//!     ("pixel_values".into(), Tensor::ones((1, 3, 16, 16), DType::F32, &Device::Cpu)?),
+//!     ("input_ids".into(), Tensor::new(&[[1i64, 17, 29], [1, 5, 29]], &Device::Cpu)?),
+//! ];
+//! let call = Call { method: "forward".into(), inputs: inputs.into(), arguments: Default::default() };
+//! let outputs = session.call(&call, &mut Unobserved)?;
+//! assert_eq!(outputs["logits_per_image"].dims(), [1, 2]); // (pictures, texts)
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 use std::collections::BTreeMap;
 
 use serde_json::Value;
 
+pub mod flava_processor;
 pub mod models;
 
 pub use candle_core;
@@ -19,14 +55,24 @@ pub use roofbench_core::session::{
 pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, WeightsError};
 pub use serde_json;
 
+use models::{blip, blip_2, clip, flava, instructblip, layoutlm, llava, upstream, vilt};
 use roofbench_core::config;
+use roofbench_vision::preprocess::ImageProcessor;
 
 /// The families of the catalog that this crate runs.
-pub const FAMILIES: &[&str] = &[];
+pub const FAMILIES: &[&str] = &["clip", "blip", "vilt", "flava", "layoutlm", "llava", "blip-2", "instructblip"];
 
 /// The `transformers` classes of `family` that run; none for a family that is not one of [`FAMILIES`].
 pub fn classes(family: &str) -> &'static [&'static str] {
     match family {
+        "clip" => clip::CLASSES,
+        "blip" => blip::CLASSES,
+        "vilt" => vilt::CLASSES,
+        "flava" => flava::CLASSES,
+        "layoutlm" => layoutlm::CLASSES,
+        "llava" => llava::CLASSES,
+        "blip-2" => blip_2::CLASSES,
+        "instructblip" => instructblip::CLASSES,
         _ => &[],
     }
 }
@@ -34,6 +80,13 @@ pub fn classes(family: &str) -> &'static [&'static str] {
 /// How published checkpoints of `spec` name the tensors that [`load`] asks for, for [`Weights::open`].
 pub fn aliases(spec: &ModelSpec) -> &'static [AliasRule] {
     match spec.family.as_str() {
+        "clip" => clip::ALIASES,
+        "blip" => blip::ALIASES,
+        "vilt" => vilt::aliases(spec),
+        "flava" => flava::aliases(spec),
+        "layoutlm" => layoutlm::aliases(spec),
+        "llava" => llava::aliases(spec),
+        "blip-2" | "instructblip" => blip_2::aliases(spec),
         _ => &[],
     }
 }
@@ -43,11 +96,26 @@ pub fn aliases(spec: &ModelSpec) -> &'static [AliasRule] {
 /// # Errors
 /// Names the family, class, config field or tensor at fault, or why the engine has no such model.
 pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, SessionError> {
-    let _ = weights;
+    let vb = weights.var_builder(spec.dtype, &spec.device);
     if !classes(&spec.family).is_empty() && !classes(&spec.family).contains(&spec.class.as_str()) {
         return Err(config::unsupported_class(spec, classes(&spec.family)));
     }
     match (spec.family.as_str(), spec.engine) {
+        ("clip", Engine::Roofbench) => clip::load(spec, vb),
+        ("clip", Engine::CandleTransformers) => Ok(Box::new(upstream::StockClip::load(spec, vb)?)),
+        ("blip", Engine::Roofbench) => blip::load(spec, vb),
+        ("llava", Engine::Roofbench) => Ok(Box::new(llava::LlavaModel::load(spec, vb)?)),
+        ("blip-2", Engine::Roofbench) => blip_2::load(spec, vb),
+        ("instructblip", Engine::Roofbench) => instructblip::load(spec, vb),
+        ("blip", Engine::CandleTransformers) => Ok(Box::new(upstream::StockBlip::load(spec, vb)?)),
+        ("vilt", Engine::Roofbench) => Ok(Box::new(vilt::ViltModel::load(spec, vb)?)),
+        ("flava", Engine::Roofbench) => Ok(Box::new(flava::FlavaModel::load(spec, vb)?)),
+        ("layoutlm", Engine::Roofbench) => layoutlm::load(spec, vb),
+        ("llava", Engine::CandleTransformers) => Err(SessionError::UnsupportedEngine {
+            family: spec.family.clone(),
+            reason: "candle-transformers' model is LLaVA-NeXT, which asks for `image_newline`; use --engine roofbench"
+                .to_owned(),
+        }),
         (family, Engine::CandleTransformers) if FAMILIES.contains(&family) => Err(SessionError::UnsupportedEngine {
             family: family.to_owned(),
             reason: "candle-transformers is not wrapped for it; use --engine roofbench".to_owned(),
@@ -57,16 +125,35 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
 }
 
 /// The processor of a family; `configs` are the `*config.json` files of its repository by name, of which
-/// `preprocessor_config.json` is read.
+/// `preprocessor_config.json` is read, or else `image_processor` of `processor_config.json`.
 ///
 /// # Errors
 /// Names the family, or the field of `preprocessor_config.json` at fault.
 pub fn processor(family: &str, configs: &BTreeMap<String, Value>) -> Result<Box<dyn Processor>, SessionError> {
-    let _ = configs;
-    Err(unknown_family(family))
+    if !FAMILIES.contains(&family) {
+        return Err(unknown_family(family));
+    }
+    let config = roofbench_vision::preprocessor_config(configs)?;
+    Ok(match family {
+        "flava" => Box::new(flava_processor::FlavaProcessor::from_config(config)?),
+        _ => Box::new(ImageProcessor::from_config(config, family)?),
+    })
 }
 
 fn unknown_family(family: &str) -> SessionError {
     let reason = format!("is no multimodal family here; supported: {}", FAMILIES.join(", "));
     SessionError::UnsupportedEngine { family: family.to_owned(), reason }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn other_families_are_refused_with_the_list() {
+        let message = |family| processor(family, &BTreeMap::new()).err().map(|e| e.to_string()).unwrap_or_default();
+        assert_eq!(message("bert"), format!("bert: is no multimodal family here; supported: {}", FAMILIES.join(", ")));
+        assert!(message("clip").starts_with("preprocessor_config.json: `.`: the file is missing"));
+        assert!(FAMILIES.iter().all(|family| !classes(family).is_empty()));
+    }
 }

@@ -103,6 +103,15 @@ impl Mask {
         Ok(Self { bias: Some(bias.clone()), which: None, ..self })
     }
 
+    /// The same for the first `rows` queries, of which a bias has as many then.
+    ///
+    /// # Errors
+    /// When there are fewer.
+    pub fn first_rows(&self, rows: usize) -> Result<Self> {
+        let first = |bias: &Tensor| if bias.dim(2)? == 1 { Ok(bias.clone()) } else { bias.narrow(2, 0, rows) };
+        Ok(Self { bias: self.bias.as_ref().map(first).transpose()?, ..self.clone() })
+    }
+
     /// The same with keys that do not exist, as in [`padding`](Self::padding).
     ///
     /// # Errors
@@ -226,41 +235,104 @@ pub struct FirstRows {
     q: Linear,
     kv: Linear,
     attention: Attention,
-    rows: usize,
 }
 
 impl FirstRows {
-    /// As [`SelfAttention::load`], for the first `rows` rows of each item.
+    /// From the layer of the queries and the one that gives key and value side by side.
+    ///
+    /// # Errors
+    /// When a width is not that of the heads, or the pattern hides keys.
+    pub fn new(q: Linear, kv: Linear, attention: Attention) -> Result<Self> {
+        if attention.pattern != Pattern::Full {
+            bail!("FirstRows: queries that are not the last see all keys, or none can be said to; {attention:?}")
+        }
+        let widths = [attention.heads, 2 * attention.kv_heads].map(|heads| heads * attention.head_dim);
+        if [q.out_dim(), kv.out_dim()] != widths {
+            bail!(
+                "FirstRows: query, and key and value, give {:?}, the heads take {widths:?}",
+                [q.out_dim(), kv.out_dim()]
+            )
+        }
+        Ok(Self { q, kv, attention })
+    }
+
+    /// As [`SelfAttention::load`].
     ///
     /// # Errors
     /// As there, and when the pattern hides keys.
+    pub fn load(dim: usize, attention: Attention, names: [&str; 3], bias: bool, vb: VarBuilder<'_>) -> Result<Self> {
+        let [queries, keys] = [attention.heads, attention.kv_heads].map(|heads| heads * attention.head_dim);
+        let q = Linear::load(dim, queries, bias, vb.pp(names[0]))?;
+        let kv = Linear::load_fused(dim, &[(names[1], keys), (names[2], keys)], bias, vb)?;
+        Self::new(q, kv, attention)
+    }
+
+    /// For the first `rows` rows of each item. A bias in the mask has queries as many.
+    ///
+    /// # Shapes
+    /// (batch, seq, dim) → (batch, rows, heads · head_dim).
+    ///
+    /// # Errors
+    /// As for [`Linear::forward`] and [`Attention::forward`], and when there are not so many rows.
+    pub fn forward(&self, x: &Tensor, rows: usize, mask: Option<&Mask>) -> Result<Tensor> {
+        let q = self.q.forward(&x.narrow(1, 0, rows)?.contiguous()?)?;
+        let kv = self.kv.forward(x)?;
+        let width = self.attention.kv_heads * self.attention.head_dim;
+        self.attention.forward(&q, &kv.narrow(2, 0, width)?, &kv.narrow(2, width, width)?, mask)
+    }
+}
+
+/// Self-attention of an encoder's layer: of all rows, or, in a last layer, of those that something is made of.
+#[derive(Clone)]
+pub enum EncoderAttention {
+    /// Of all, in one product.
+    All(SelfAttention),
+    /// Of the first.
+    First(FirstRows),
+}
+
+impl EncoderAttention {
+    /// As [`SelfAttention::load`] or, where only `first_rows` will be wanted, [`FirstRows::load`].
+    ///
+    /// # Errors
+    /// As there.
     pub fn load(
         dim: usize,
         attention: Attention,
         names: [&str; 3],
         bias: bool,
+        first_rows: bool,
         vb: VarBuilder<'_>,
-        rows: usize,
     ) -> Result<Self> {
-        if attention.pattern != Pattern::Full {
-            bail!("FirstRows: queries that are not the last see all keys, or none can be said to; {attention:?}")
-        }
-        let [queries, keys] = [attention.heads, attention.kv_heads].map(|heads| heads * attention.head_dim);
-        let q = Linear::load(dim, queries, bias, vb.pp(names[0]))?;
-        let kv = Linear::load_fused(dim, &[(names[1], keys), (names[2], keys)], bias, vb)?;
-        Ok(Self { q, kv, attention, rows })
+        Ok(match first_rows {
+            false => Self::All(SelfAttention::load(dim, attention, names, bias, vb)?),
+            true => Self::First(FirstRows::load(dim, attention, names, bias, vb)?),
+        })
     }
 
+    /// Attends to `normed`, which is `x` or its norm; gives what attention makes, and the residual, the rows of `x` that
+    /// belong to it. From [`First`](Self::First) those are the first `rows`, where a number is given; else all. Only then
+    /// does the mask's bias have fewer queries.
+    ///
     /// # Shapes
-    /// (batch, seq, dim) → (batch, rows, heads · head_dim).
+    /// (batch, seq, dim), twice → (batch, rows, heads · head_dim), (batch, rows, dim).
     ///
     /// # Errors
-    /// As for [`Linear::forward`] and [`Attention::forward`].
-    pub fn forward(&self, x: &Tensor, mask: Option<&Mask>) -> Result<Tensor> {
-        let q = self.q.forward(&x.narrow(1, 0, self.rows)?.contiguous()?)?;
-        let kv = self.kv.forward(x)?;
-        let width = self.attention.kv_heads * self.attention.head_dim;
-        self.attention.forward(&q, &kv.narrow(2, 0, width)?, &kv.narrow(2, width, width)?, mask)
+    /// As for [`SelfAttention::forward`] and [`FirstRows::forward`].
+    pub fn forward(
+        &self,
+        normed: &Tensor,
+        x: &Tensor,
+        rows: Option<usize>,
+        mask: Option<&Mask>,
+    ) -> Result<(Tensor, Tensor)> {
+        match self {
+            Self::All(attention) => Ok((attention.forward(normed, mask)?, x.clone())),
+            Self::First(attention) => {
+                let rows = rows.unwrap_or(x.dim(1)?);
+                Ok((attention.forward(normed, rows, mask)?, x.narrow(1, 0, rows)?.contiguous()?))
+            }
+        }
     }
 }
 
@@ -481,11 +553,11 @@ mod tests {
             Mask::padding(&Tensor::new(&[[1u8; 7], [1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 1]], &Device::Cpu)?)?;
         let names = ["q", "k", "v"];
         let all = SelfAttention::load(6, attention, names, false, vb.clone())?.forward(&x, mask.as_ref())?;
-        let first = FirstRows::load(6, attention, names, false, vb.clone(), 2)?.forward(&x, mask.as_ref())?;
+        let first = FirstRows::load(6, attention, names, false, vb.clone())?.forward(&x, 2, mask.as_ref())?;
         let error = (all.narrow(1, 0, 2)? - first)?.abs()?.max_all()?.to_scalar::<f32>()?;
         assert!(error < 1e-6, "{error}");
         let causal = Attention { pattern: Pattern::Causal, ..attention };
-        assert!(FirstRows::load(6, causal, names, false, vb, 2).is_err());
+        assert!(FirstRows::load(6, causal, names, false, vb).is_err());
         Ok(())
     }
 

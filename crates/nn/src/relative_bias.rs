@@ -1,4 +1,4 @@
-//! Biases on attention scores by relative position: T5's buckets and ALiBi.
+//! Biases on attention scores by relative position: T5's buckets, also of coordinates, and ALiBi.
 
 use std::mem::MaybeUninit;
 
@@ -137,6 +137,94 @@ impl RelativeBias {
         let distances: Vec<usize> = (1 - keys as i64..queries as i64).map(|d| self.buckets.of(d)).collect();
         let values = self.by_head.iter().flat_map(|biases| distances.iter().map(|bucket| biases[*bucket])).collect();
         Lines { values, length: distances.len() }
+    }
+}
+
+/// The sum of biases by several positions of the same rows, as of words and of their places on a page: `scale` · Σ
+/// bias(position of the key - position of the query). Mirrors `_cal_1d_pos_emb` and `_cal_2d_pos_emb` of
+/// `transformers.LayoutLMv3Encoder`.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use roofbench_nn::relative_bias::{Buckets, RelativeBias, sum_of_biases};
+///
+/// let table = Tensor::new(&[[0f32], [1.], [2.], [3.]], &Device::Cpu)?; // (buckets, heads)
+/// let bias = RelativeBias::new(&table, Buckets { count: 4, max_distance: 8, bidirectional: true })?;
+/// // one item of two rows, 3 apart
+/// let sum = sum_of_biases(&[(&bias, &[vec![5, 8]])], 0.5)?; // (batch, heads, queries, keys)
+/// assert_eq!(sum.flatten_all()?.to_vec1::<f32>()?, [0., 1.5, 0.5, 0.]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// # Shapes
+/// Of each term the positions of every row of every item; (batch, heads, seq, seq), f32, the queries side by side in
+/// memory, as attention likes them.
+///
+/// # Errors
+/// When there is no term, or they differ in items, rows or heads, or positions are further apart than 2^20.
+pub fn sum_of_biases(terms: &[(&RelativeBias, &[Vec<i64>])], scale: f32) -> Result<Tensor> {
+    let Some((first, positions)) = terms.first() else { bail!("sum_of_biases: no term") };
+    let (batch, heads, seq) = (positions.len(), first.by_head.len(), positions.first().map_or(0, Vec::len));
+    let alike = |(bias, positions): &(&RelativeBias, &[Vec<i64>])| {
+        (bias.by_head.len(), positions.len()) == (heads, batch) && positions.iter().all(|row| row.len() == seq)
+    };
+    if !terms.iter().all(alike) {
+        bail!("sum_of_biases: the terms differ in items, rows or heads; the first has {batch}, {seq} and {heads}")
+    }
+    cost::elementwise(batch * heads * seq * seq, terms.len());
+    if batch * seq * heads == 0 {
+        return Tensor::zeros((batch, heads, seq, seq), DType::F32, &first.device);
+    }
+    let tables =
+        terms.iter().map(|(bias, positions)| Between::new(bias, positions, scale)).collect::<Result<Vec<_>>>()?;
+    let fill = |row: usize, out: &mut [MaybeUninit<f32>]| {
+        let (item, head, key) = (row / seq / heads, row / seq % heads, row % seq);
+        let mut sum = vec![0f32; seq];
+        for table in &tables {
+            let (line, positions) = (table.line(head), &table.positions[item]);
+            let from = positions[key] + table.span;
+            for (sum, position) in sum.iter_mut().zip(positions) {
+                *sum += line[from - position];
+            }
+        }
+        out.write_copy_of_slice(&sum);
+    };
+    let bias = rows(batch * heads * seq, seq, fill);
+    Tensor::from_vec(bias, (batch, heads, seq, seq), &first.device)?.transpose(2, 3)
+}
+
+/// Of a term of [`sum_of_biases`], per head the bias of every distance that occurs.
+struct Between {
+    /// From `-span` to `span`, for one head after the other.
+    values: Vec<f32>,
+    span: usize,
+    /// Counted from the smallest.
+    positions: Vec<Vec<usize>>,
+}
+
+impl Between {
+    fn new(bias: &RelativeBias, positions: &[Vec<i64>], scale: f32) -> Result<Self> {
+        let all = || positions.iter().flatten().copied();
+        let lowest = all().min().unwrap_or(0);
+        let span = all().max().unwrap_or(0).abs_diff(lowest);
+        if span > 1 << 20 {
+            bail!("sum_of_biases: positions are {span} apart")
+        }
+        let buckets: Vec<usize> = (-(span as i64)..=span as i64).map(|distance| bias.buckets.of(distance)).collect();
+        let line = |biases: &Vec<f32>| buckets.iter().map(|bucket| biases[*bucket] * scale).collect::<Vec<_>>();
+        Ok(Self {
+            values: bias.by_head.iter().flat_map(line).collect(),
+            span: span as usize,
+            positions: positions
+                .iter()
+                .map(|row| row.iter().map(|position| position.abs_diff(lowest) as usize).collect())
+                .collect(),
+        })
+    }
+
+    fn line(&self, head: usize) -> &[f32] {
+        let length = 2 * self.span + 1;
+        &self.values[head * length..][..length]
     }
 }
 
@@ -361,6 +449,35 @@ mod tests {
         assert!(bias.forward_gated(&Tensor::zeros((2, 4, 5), DType::F32, &Device::Cpu)?).is_err());
         let few = Buckets { count: 2, max_distance: 128, bidirectional: true };
         assert!(RelativeBias::new(&table.narrow(0, 0, 2)?, few).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn sums_of_biases_by_definition() -> Result<()> {
+        let buckets = Buckets { count: 8, max_distance: 20, bidirectional: true };
+        let other = Buckets { count: 12, max_distance: 300, bidirectional: true };
+        let table =
+            |rows: usize, seed: f32| Tensor::arange(0f32, (rows * 3) as f32, &Device::Cpu)?.affine(0.1, seed.into());
+        let first = RelativeBias::new(&table(8, 0.3)?.reshape((8, 3))?, buckets)?;
+        let second = RelativeBias::new(&table(12, -0.7)?.reshape((12, 3))?, other)?;
+        let seq = 37;
+        let counted: Vec<Vec<i64>> = vec![(0..seq).collect(); 2];
+        let places: Vec<Vec<i64>> =
+            (0..2).map(|item| (0..seq).map(|i| (i * i * 7 + item * 31) % 1001).collect()).collect();
+        let sum = sum_of_biases(&[(&first, &counted), (&second, &places)], 0.25)?;
+        assert_eq!(sum.dims(), [2, 3, 37, 37]);
+        let seq = seq as usize;
+        for (i, found) in sum.flatten_all()?.to_vec1::<f32>()?.into_iter().enumerate() {
+            let (item, head, query, key) = (i / seq / seq / 3, i / seq / seq % 3, i / seq % seq, i % seq);
+            let bias = |of: &RelativeBias, positions: &[Vec<i64>]| {
+                of.by_head[head][of.buckets.of(positions[item][key] - positions[item][query])]
+            };
+            let wanted = (bias(&first, &counted) + bias(&second, &places)) * 0.25;
+            assert!((found - wanted).abs() < 1e-6, "{i}: {found}, not {wanted}");
+        }
+        assert!(sum_of_biases(&[(&first, &counted), (&second, &places[..1])], 1.0).is_err());
+        assert!(sum_of_biases(&[], 1.0).is_err());
+        assert!(sum_of_biases(&[(&first, &[vec![0, 1 << 30]])], 1.0).is_err());
         Ok(())
     }
 

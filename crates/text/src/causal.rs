@@ -9,6 +9,7 @@ use roofbench_core::generation::Generation;
 use roofbench_core::inputs::{Inputs, in_range, unsupported_method, zero_or_one};
 use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Result, Session, SessionError, Tensors};
 use roofbench_nn::decoding::Decoding;
+use roofbench_nn::gather::{RowIndex, gather};
 use roofbench_nn::kernels::isa;
 use roofbench_nn::kv_cache;
 
@@ -207,7 +208,12 @@ impl<M: CausalLm> CausalSession<M> {
 ///
 /// # Errors
 /// When memory cannot be had.
-pub fn decoding(model: &impl CausalLm, batch: usize, positions: usize, spec: &ModelSpec) -> Result<Decoding> {
+pub fn decoding(
+    model: &(impl CausalLm + ?Sized),
+    batch: usize,
+    positions: usize,
+    spec: &ModelSpec,
+) -> Result<Decoding> {
     model.shape().decoding(batch, positions, spec)
 }
 
@@ -215,16 +221,61 @@ pub fn decoding(model: &impl CausalLm, batch: usize, positions: usize, spec: &Mo
 ///
 /// # Errors
 /// Candle's.
-pub fn next_logits(model: &impl CausalLm, x: Tensor, decoding: &mut Decoding) -> Result<Tensor> {
+pub fn next_logits(model: &(impl CausalLm + ?Sized), x: Tensor, decoding: &mut Decoding) -> Result<Tensor> {
     let seq = x.dim(1)?;
     decoding.advance(seq)?;
     let x = model.decode(x, decoding)?; // (batch, seq, hidden)
     model.logits(&x.narrow(1, seq - 1, 1)?.contiguous()?.squeeze(1)?)
 }
 
+/// Tokens one after another, as [`Generation::run`] gives them, behind a prompt whose rows are not those of its tokens
+/// alone: `x` (batch, seq, hidden) stand in the places of `prompt` (batch, seq), of which `attention_mask` (batch, seq) of
+/// 0 and 1 says which exist. What made the rows has run: its time is the prefill's, which begins with the call. The model
+/// is none that starts over.
+///
+/// # Errors
+/// Those of [`Generation::run`]; more positions than the model has; when no token of a sequence exists.
+pub fn generate_embedded(
+    model: &(impl CausalLm + ?Sized),
+    spec: &ModelSpec,
+    generation: &Generation,
+    prompt: &Tensor,
+    attention_mask: Option<&Tensor>,
+    x: Tensor,
+    observer: &mut dyn Observer,
+) -> Result<Tensors, SessionError> {
+    let (batch, seq, _) = x.dims3()?;
+    model.shape().check_length("max_new_tokens", generation.positions(seq))?;
+    let places = vec![(0..seq as i64).collect::<Vec<_>>(); batch];
+    let (placed, mask) = at_the_end(&places, attention_mask)?;
+    let x = match placed == places {
+        true => x,
+        false => {
+            let row = |(item, places): (usize, &Vec<i64>)| {
+                places.iter().map(|place| Some(item * seq + *place as usize)).collect::<Vec<_>>()
+            };
+            gather(&x, &RowIndex::new(batch * seq, (batch, seq), placed.iter().enumerate().flat_map(row))?)?
+        }
+    };
+    let mut decoding = decoding(model, batch, generation.positions(seq), spec)?;
+    if let Some(mask) = mask {
+        decoding = decoding.with_attention_mask(&mask)?;
+    }
+    generation.run(&prompt.to_vec2::<i64>()?, observer, |tokens| {
+        let x = match tokens {
+            None => x.clone(),
+            Some(tokens) => model.embed(&Tensor::new(tokens, &spec.device)?.unsqueeze(1)?)?,
+        };
+        Ok(next_logits(model, x, &mut decoding)?)
+    })
+}
+
 /// The sequences with their padding before them, and the mask that says so, where there is any: what follows the last
 /// token of a sequence has to be behind it.
-fn at_the_end(ids: &[Vec<i64>], mask: Option<&Tensor>) -> Result<(Vec<Vec<i64>>, Option<Tensor>), SessionError> {
+pub(crate) fn at_the_end(
+    ids: &[Vec<i64>],
+    mask: Option<&Tensor>,
+) -> Result<(Vec<Vec<i64>>, Option<Tensor>), SessionError> {
     let Some(mask) = mask else { return Ok((ids.to_vec(), None)) };
     let mut rows = mask.to_vec2::<i64>()?;
     let mut placed = ids.to_vec();
@@ -267,7 +318,7 @@ impl<M: CausalLm> Session for CausalSession<M> {
 }
 
 /// Prefill of (batch, seq) rows and the decoding of `new_tokens` tokens, the first of which the prefill gives.
-pub fn generate_cost(model: &impl CausalLm, [batch, seq]: [u64; 2], new_tokens: u64) -> Vec<PhaseCost> {
+pub fn generate_cost(model: &(impl CausalLm + ?Sized), [batch, seq]: [u64; 2], new_tokens: u64) -> Vec<PhaseCost> {
     let starts_over = model.starts_over().map(|length| length as u64);
     phase_costs(|pass| model.cost(pass), starts_over, [batch, seq], new_tokens)
 }

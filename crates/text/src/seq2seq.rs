@@ -15,7 +15,7 @@ use roofbench_nn::cross_attention::Encoded;
 use roofbench_nn::decoding::Decoding;
 use roofbench_nn::kernels::isa;
 
-use crate::causal::{DecoderShape, Pass, phases};
+use crate::causal::{DecoderShape, Pass, at_the_end, phases};
 
 /// A decoder that attends to the states of an encoder, whichever that is, with its output layer.
 pub trait CrossDecoder {
@@ -111,15 +111,36 @@ pub fn generate(
     spec: &ModelSpec,
     generation: &Generation,
     prompt: &[Vec<i64>],
+    encoded: Encoded,
+    observer: &mut dyn Observer,
+) -> Result<Tensors, SessionError> {
+    generate_masked(decoder, spec, generation, prompt, None, encoded, observer)
+}
+
+/// The same behind a prompt of which `attention_mask` (batch, seq) of 0 and 1 says which tokens exist; padding may stand
+/// on either side.
+///
+/// # Errors
+/// As for [`generate`], and when no token of a sequence exists.
+pub fn generate_masked(
+    decoder: &impl CrossDecoder,
+    spec: &ModelSpec,
+    generation: &Generation,
+    prompt: &[Vec<i64>],
+    attention_mask: Option<&Tensor>,
     mut encoded: Encoded,
     observer: &mut dyn Observer,
 ) -> Result<Tensors, SessionError> {
     let (batch, shape) = (prompt.len(), decoder.shape());
     let positions = generation.positions(prompt.first().map_or(0, Vec::len));
     shape.check_length("max_new_tokens", positions)?;
+    let (placed, mask) = at_the_end(prompt, attention_mask)?;
     let mut decoding = shape.decoding(batch, positions, spec)?;
+    if let Some(mask) = mask {
+        decoding = decoding.with_attention_mask(&mask)?;
+    }
     generation.run(prompt, observer, |tokens| {
-        let ids = tokens.map_or_else(|| prompt.concat(), <[i64]>::to_vec);
+        let ids = tokens.map_or_else(|| placed.concat(), <[i64]>::to_vec);
         let seq = ids.len() / batch;
         decoding.advance(seq)?;
         let x = decoder.embed(&Tensor::from_vec(ids, (batch, seq), &spec.device)?)?;
@@ -181,25 +202,7 @@ impl Request {
             _ => return Err(unsupported_method(call, "forward, generate")),
         };
         let (input_ids, attention_mask) = source(&inputs, vocab_size)?;
-        let decoder_input_ids = inputs.optional_matrix("decoder_input_ids")?;
-        let mut decoder_attention_mask = None;
-        if let Some(ids) = &decoder_input_ids {
-            in_range("decoder_input_ids", ids, "vocab_size", vocab_size)?;
-            let (found, batch) = (ids.dim(0)?, input_ids.dim(0)?);
-            if found != batch {
-                let reason = format!("holds {found} sequences, input_ids hold {batch}");
-                return Err(SessionError::input("decoder_input_ids", reason));
-            }
-            decoder_attention_mask = inputs.matrix_as("decoder_attention_mask", ("decoder_input_ids", ids))?;
-        } else if call.inputs.contains_key("decoder_attention_mask") {
-            return Err(SessionError::input(
-                "decoder_attention_mask",
-                "goes with decoder_input_ids, which are missing",
-            ));
-        }
-        if let Some(mask) = &decoder_attention_mask {
-            zero_or_one("decoder_attention_mask", mask)?;
-        }
+        let (decoder_input_ids, decoder_attention_mask) = decoder_tokens(&inputs, input_ids.dim(0)?, vocab_size)?;
         Ok(Self { input_ids, attention_mask, decoder_input_ids, decoder_attention_mask })
     }
 
@@ -216,8 +219,42 @@ impl Request {
     }
 }
 
+/// The tokens (batch, seq) and the mask of a call that gives a decoder any, for so many sequences.
+///
+/// # Errors
+/// Names the argument that does not fit.
+pub fn decoder_tokens(
+    inputs: &Inputs,
+    batch: usize,
+    vocab_size: usize,
+) -> Result<(Option<Tensor>, Option<Tensor>), SessionError> {
+    let Some(ids) = inputs.optional_matrix("decoder_input_ids")? else {
+        return match inputs.optional_matrix("decoder_attention_mask")? {
+            None => Ok((None, None)),
+            Some(_) => {
+                let reason = "goes with decoder_input_ids, which are missing";
+                Err(SessionError::input("decoder_attention_mask", reason))
+            }
+        };
+    };
+    in_range("decoder_input_ids", &ids, "vocab_size", vocab_size)?;
+    let found = ids.dim(0)?;
+    if found != batch {
+        let reason = format!("holds {found} sequences, input_ids hold {batch}");
+        return Err(SessionError::input("decoder_input_ids", reason));
+    }
+    let mask = inputs.matrix_as("decoder_attention_mask", ("decoder_input_ids", &ids))?;
+    if let Some(mask) = &mask {
+        zero_or_one("decoder_attention_mask", mask)?;
+    }
+    Ok((Some(ids), mask))
+}
+
 /// The encoder's tokens (batch, seq) and their mask.
-pub(crate) fn source(inputs: &Inputs, vocab_size: usize) -> Result<(Tensor, Option<Tensor>), SessionError> {
+///
+/// # Errors
+/// Names the argument that is missing or does not fit.
+pub fn source(inputs: &Inputs, vocab_size: usize) -> Result<(Tensor, Option<Tensor>), SessionError> {
     let input_ids = inputs.matrix("input_ids")?;
     in_range("input_ids", &input_ids, "vocab_size", vocab_size)?;
     let attention_mask = inputs.matrix_like("attention_mask", &input_ids)?;

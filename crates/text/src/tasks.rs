@@ -1,7 +1,10 @@
-//! What people do with a text model's tensors: sentence embeddings and how alike they are.
+//! What people do with a text model's tensors: sentence embeddings and how alike they are, words for masks, generated
+//! texts.
 
 use candle_core::{D, DType, Tensor};
 use roofbench_core::session::{Call, Session, SessionError, Tensors, Unobserved};
+
+use crate::tokenize::Tokenizer;
 
 /// Embeds tokenised texts as sentence-transformers does: mean over tokens, then unit length (Reimers and Gurevych,
 /// arXiv:1908.10084).
@@ -78,6 +81,55 @@ pub fn normalize(x: &Tensor) -> candle_core::Result<Tensor> {
 pub fn cosine_similarities(x: &Tensor) -> candle_core::Result<Tensor> {
     let x = normalize(x)?;
     x.matmul(&x.t()?)
+}
+
+/// A word, and how likely a masked language model takes it to be.
+pub type Filling = (String, f32);
+
+/// The `top` likeliest words for each mask of each text; none for a text without masks.
+///
+/// # Shapes
+/// `input_ids` (batch, seq), `logits` (batch, seq, vocab).
+///
+/// # Errors
+/// Other shapes, or a tokenizer without a mask.
+pub fn fill_mask(
+    tokenizer: &Tokenizer,
+    input_ids: &Tensor,
+    logits: &Tensor,
+    top: usize,
+) -> Result<Vec<Vec<Vec<Filling>>>, SessionError> {
+    let mask = i64::from(tokenizer.mask_token()?);
+    let ids = input_ids.to_dtype(DType::I64)?.to_vec2::<i64>()?;
+    let (batch, seq, _) = logits.dims3()?;
+    if ids.len() != batch || ids.iter().any(|row| row.len() != seq) {
+        let reason = format!("have shape {:?}, input_ids {:?}", logits.dims(), input_ids.dims());
+        return Err(SessionError::input("logits", reason));
+    }
+    let filled = |item: usize, place: usize| {
+        let scores = logits.get(item)?.get(place)?.to_dtype(DType::F32)?; // (vocab)
+        let probabilities = candle_nn::ops::softmax(&scores, 0)?.to_vec1::<f32>()?;
+        let mut order: Vec<usize> = (0..probabilities.len()).collect();
+        order.sort_by(|a, b| probabilities[*b].total_cmp(&probabilities[*a]));
+        let word = |id: &usize| Ok((tokenizer.decode(&[*id as i64])?, probabilities[*id]));
+        order.iter().take(top).map(word).collect::<Result<Vec<_>, SessionError>>()
+    };
+    ids.iter()
+        .enumerate()
+        .map(|(item, row)| {
+            let places = row.iter().enumerate().filter(|(_, id)| **id == mask);
+            places.map(|(place, _)| filled(item, place)).collect()
+        })
+        .collect()
+}
+
+/// The texts of `sequences` (batch, tokens) from token `start` on: of a decoder what follows a prompt of that length.
+///
+/// # Errors
+/// Another shape, or a token that the tokenizer has not.
+pub fn generated(tokenizer: &Tokenizer, sequences: &Tensor, start: usize) -> Result<Vec<String>, SessionError> {
+    let rows = sequences.to_dtype(DType::I64)?.to_vec2::<i64>()?;
+    rows.iter().map(|row| tokenizer.decode(row.get(start..).unwrap_or_default())).collect()
 }
 
 #[cfg(test)]

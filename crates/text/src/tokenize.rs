@@ -96,6 +96,30 @@ impl Tokenizer {
     }
 }
 
+impl Tokenizer {
+    /// The text of tokens, without the special ones.
+    ///
+    /// # Errors
+    /// A token that is none of the file's.
+    pub fn decode(&self, ids: &[i64]) -> Result<String, SessionError> {
+        let ids: Vec<u32> = ids
+            .iter()
+            .map(|&id| u32::try_from(id))
+            .collect::<Result<_, _>>()
+            .map_err(|_| SessionError::input("token ids", "hold a negative number, which no token has"))?;
+        self.inner.decode(&ids, true).map_err(|error| file_error(&self.path, &error))
+    }
+
+    /// The token that stands for what a masked language model is to fill in.
+    ///
+    /// # Errors
+    /// The file has no such token.
+    pub fn mask_token(&self) -> Result<u32, SessionError> {
+        let found = ["[MASK]", "<mask>"].into_iter().find_map(|token| self.inner.token_to_id(token));
+        found.ok_or_else(|| file_error(&self.path, &"has neither `[MASK]` nor `<mask>`"))
+    }
+}
+
 /// The JSON in `path`, or `None` when there is no such file.
 fn read_json(path: &Path) -> Result<Option<Value>, SessionError> {
     match std::fs::read(path) {

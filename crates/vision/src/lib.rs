@@ -132,15 +132,24 @@ pub fn processor(family: &str, configs: &BTreeMap<String, Value>) -> Result<Box<
     if !FAMILIES.contains(&family) {
         return Err(unknown_family(family));
     }
-    let nested = || configs.get("processor_config.json")?.get("image_processor");
-    let Some(config) = configs.get("preprocessor_config.json").or_else(nested) else {
-        let reason = "the file is missing; the repository of a checkpoint has it beside config.json".to_owned();
-        return Err(SessionError::Preprocessor { field: ".".to_owned(), reason });
-    };
+    let config = preprocessor_config(configs)?;
     Ok(match family {
         "detr" => Box::new(detection::DetectionProcessor::from_config(config, family)?),
         "sam" => Box::new(preprocess::sam::SamProcessor::from_config(config)?),
         _ => Box::new(preprocess::ImageProcessor::from_config(config, family)?),
+    })
+}
+
+/// What says how pictures are prepared among the `*config.json` files of a repository: `preprocessor_config.json`, or else
+/// `image_processor` of `processor_config.json`.
+///
+/// # Errors
+/// When there is neither.
+pub fn preprocessor_config(configs: &BTreeMap<String, Value>) -> Result<&Value, SessionError> {
+    let nested = || configs.get("processor_config.json")?.get("image_processor");
+    configs.get("preprocessor_config.json").or_else(nested).ok_or_else(|| {
+        let reason = "the file is missing; the repository of a checkpoint has it beside config.json".to_owned();
+        SessionError::Preprocessor { field: ".".to_owned(), reason }
     })
 }
 

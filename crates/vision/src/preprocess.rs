@@ -42,6 +42,10 @@ struct Kind {
     pad: bool,
     /// The size names the longer side, and a class of its own fills pictures up.
     longest_edge: bool,
+    /// Both sides are cut down to multiples of `size_divisor`, which is this where it is left out.
+    divisor: Option<u32>,
+    /// The class reads the words of a page unless `apply_ocr` is false.
+    ocr: bool,
 }
 
 const HALF: [f64; 3] = [0.5; 3];
@@ -63,10 +67,12 @@ const VIT: Kind = Kind {
     crop_pct: None,
     pad: false,
     longest_edge: false,
+    divisor: None,
+    ocr: false,
 };
 const CLIP: Kind = Kind {
     name: "CLIP",
-    models: &["clip"],
+    models: &["clip", "llava"],
     size: Size::ShortestEdge(224),
     number_is_square: false,
     resample: Filter::Bicubic,
@@ -77,6 +83,8 @@ const CLIP: Kind = Kind {
     crop_pct: None,
     pad: false,
     longest_edge: false,
+    divisor: None,
+    ocr: false,
 };
 
 /// Every processor that is known. A new one is its difference from one of these.
@@ -114,7 +122,33 @@ const KINDS: &[Kind] = &[
         longest_edge: true,
         ..VIT
     },
-    Kind { name: "Blip", models: &["blip"], size: Size::Exact([384, 384]), number_is_square: true, crop: None, ..CLIP },
+    Kind {
+        name: "Vilt",
+        models: &["vilt"],
+        size: Size::ShortestEdge(384),
+        number_is_square: false,
+        resample: Filter::Bicubic,
+        pad: true,
+        divisor: Some(32),
+        ..VIT
+    },
+    Kind {
+        name: "Flava",
+        models: &["flava"],
+        size: Size::Exact([224, 224]),
+        number_is_square: true,
+        convert_rgb: false,
+        ..CLIP
+    },
+    Kind { name: "LayoutLMv3", models: &["layoutlm", "layoutlmv3"], ocr: true, ..VIT },
+    Kind {
+        name: "Blip",
+        models: &["blip", "blip2", "instructblip"],
+        size: Size::Exact([384, 384]),
+        number_is_square: true,
+        crop: None,
+        ..CLIP
+    },
 ];
 
 /// What a picture is resized to.
@@ -128,6 +162,8 @@ enum Size {
     Within { shortest: u32, longest: u32 },
     /// The longer side; the other follows.
     LongestEdge(u32),
+    /// The shorter side, unless the longer one would exceed 1333 / 800 of it; both cut down to multiples of `divisor`.
+    Multiple { shortest: u32, divisor: u32 },
 }
 
 impl Size {
@@ -142,6 +178,18 @@ impl Size {
             Self::LongestEdge(edge) => {
                 let scale = f64::from(edge) / f64::from(height.max(width));
                 [height, width].map(|side| (f64::from(side) * scale + 0.5) as u64)
+            }
+            Self::Multiple { shortest, divisor } => {
+                let longest = (1333.0 / 800.0 * f64::from(shortest)) as u64 as f64;
+                let scale = f64::from(shortest) / f64::from(height.min(width));
+                let scaled = |side: u32, is_short: bool| {
+                    if is_short { f64::from(shortest) } else { scale * f64::from(side) }
+                };
+                let sides = [scaled(height, height < width), scaled(width, width <= height)];
+                let over = sides[0].max(sides[1]);
+                let shrink = if over > longest { longest / over } else { 1.0 };
+                let divisor = u64::from(divisor);
+                sides.map(|side| (side * shrink + 0.5) as u64 / divisor * divisor)
             }
             Self::Exact([height, width]) => [height.into(), width.into()],
             Self::ShortestEdge(edge) => by_short(edge.into(), edge.into()),
@@ -183,6 +231,8 @@ struct Config {
     /// `do_pad` in older files.
     pad_and_return_pixel_mask: Option<bool>,
     pad_size: Option<SizeField>,
+    size_divisor: Option<u32>,
+    apply_ocr: Option<bool>,
     data_format: Option<String>,
 }
 
@@ -244,7 +294,7 @@ impl SizeField {
         };
         let sides = match size {
             Size::Exact(sides) => sides,
-            Size::ShortestEdge(edge) | Size::LongestEdge(edge) => [edge, edge],
+            Size::ShortestEdge(edge) | Size::LongestEdge(edge) | Size::Multiple { shortest: edge, .. } => [edge, edge],
             Size::Within { shortest, longest } => [shortest, longest],
         };
         if sides.contains(&0) || sides.iter().map(|side| u64::from(*side)).product::<u64>() > MAX_PIXELS {
@@ -309,6 +359,10 @@ impl ImageProcessor {
         };
         if let Some(format) = config.data_format.as_deref().filter(|format| *format != "channels_first") {
             return refuse("data_format", format!("`{format}` is not supported; supported: channels_first"));
+        }
+        if kind.ocr && config.apply_ocr != Some(false) {
+            let reason = "true, the default, is not supported: set it to false, and give the words and their boxes";
+            return refuse("apply_ocr", reason);
         }
         let mut crops = Vec::new();
         let resize = match config.do_resize {
@@ -518,6 +572,14 @@ fn resize_target(config: &Config, kind: &Kind, crops: &mut Vec<[u32; 2]>) -> Res
         let (name, not) = (kind.name, if kind.longest_edge { "needs" } else { "is not supported with" });
         return refuse("size", format!("{not} longest_edge alone for {name}"));
     }
+    if let Some(default) = kind.divisor {
+        let divisor = config.size_divisor.unwrap_or(default);
+        return match size {
+            _ if divisor == 0 => refuse("size_divisor", "is 0"),
+            Size::ShortestEdge(shortest) | Size::Within { shortest, .. } => Ok(Size::Multiple { shortest, divisor }),
+            _ => refuse("size", format!("needs shortest_edge for {}", kind.name)),
+        };
+    }
     let Some(default_pct) = kind.crop_pct else { return Ok(size) };
     let Size::ShortestEdge(edge) = size else {
         return refuse("size", format!("needs shortest_edge alone for {}", kind.name));
@@ -585,6 +647,24 @@ mod tests {
             Err(other) => panic!("{config}: {other}"),
             Ok(_) => panic!("{config} was accepted"),
         }
+    }
+
+    /// From transformers 5.23.0, the second bounded by its longer side.
+    #[test]
+    fn sides_that_are_multiples() {
+        let size = Size::Multiple { shortest: 24, divisor: 8 };
+        assert_eq!([size.for_picture(43, 57), size.for_picture(70, 21)], [[24, 32], [32, 8]]);
+        assert_eq!(Size::Multiple { shortest: 384, divisor: 32 }.for_picture(480, 640), [384, 512]);
+        let (field, reason) = refused(json!({"size_divisor": 0}), "vilt");
+        assert_eq!((&*field, &*reason), ("size_divisor", "is 0"));
+        assert_eq!(refused(json!({"size": {"height": 3, "width": 4}}), "vilt").0, "size");
+    }
+
+    #[test]
+    fn words_of_a_page_are_not_read() {
+        assert_eq!(refused(json!({}), "layoutlmv3").0, "apply_ocr");
+        assert_eq!(refused(json!({"apply_ocr": true}), "layoutlm").0, "apply_ocr");
+        assert!(ImageProcessor::from_config(&json!({"apply_ocr": false}), "layoutlm").is_ok());
     }
 
     fn shape(config: Value, model: &str, height: u32, width: u32) -> Vec<usize> {

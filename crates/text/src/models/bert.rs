@@ -13,7 +13,7 @@ use roofbench_core::inputs::{Inputs, in_range, zero_or_one};
 use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Result, Session, SessionError, Tensors};
 use roofbench_core::weights::{AliasRule, AliasScope};
 use roofbench_nn::activation::Activation;
-use roofbench_nn::attention::{Attention, Mask, Pattern, SelfAttention};
+use roofbench_nn::attention::{Attention, EncoderAttention, Mask, Pattern};
 use roofbench_nn::embedding::Embedding;
 use roofbench_nn::kernels::isa;
 use roofbench_nn::linear::Linear;
@@ -128,15 +128,21 @@ impl BertConfig {
     }
 }
 
-struct Embeddings {
-    word_embeddings: Embedding,
+/// Words, positions and segments, and the norm of their sum.
+pub struct Embeddings {
+    /// The table of words, which a head may be tied to.
+    pub word_embeddings: Embedding,
     position_embeddings: Embedding,
     token_type_embeddings: Embedding,
     layer_norm: LayerNorm,
 }
 
 impl Embeddings {
-    fn load(cfg: &BertConfig, vb: VarBuilder) -> Result<Self> {
+    /// Reads the tables and `LayerNorm` under `vb`.
+    ///
+    /// # Errors
+    /// When a tensor is missing or has another shape.
+    pub fn load(cfg: &BertConfig, vb: VarBuilder) -> Result<Self> {
         let table = |rows: usize, name: &str| Embedding::load(rows, cfg.hidden_size, vb.pp(name));
         Ok(Self {
             word_embeddings: table(cfg.vocab_size, "word_embeddings")?,
@@ -146,18 +152,44 @@ impl Embeddings {
         })
     }
 
-    /// (batch, seq) ids -> (batch, seq, hidden).
-    fn forward(&self, ids: &TokenIds) -> Result<Tensor> {
+    /// # Shapes
+    /// (batch, seq) ids → (batch, seq, hidden).
+    ///
+    /// # Errors
+    /// When an id is beyond its table.
+    pub fn forward(&self, ids: &TokenIds) -> Result<Tensor> {
+        self.layer_norm.forward(&self.sum(ids)?)
+    }
+
+    /// The same with `more` (batch, seq, hidden) in the sum.
+    ///
+    /// # Errors
+    /// As there, and when the shape is another.
+    pub fn forward_add(&self, ids: &TokenIds, more: &Tensor) -> Result<Tensor> {
+        roofbench_nn::cost::elementwise(more.elem_count(), 1);
+        self.layer_norm.forward(&(self.sum(ids)? + more)?)
+    }
+
+    fn sum(&self, ids: &TokenIds) -> Result<Tensor> {
         let words = self.word_embeddings.forward(&ids.input_ids)?; // (batch, seq, hidden)
         let positions = self.position_embeddings.forward(&ids.position_ids)?; // (1 or batch, seq, hidden)
         let types = self.token_type_embeddings.forward(&ids.token_type_ids)?; // (1 or batch, 1 or seq, hidden)
         roofbench_nn::cost::elementwise(words.elem_count(), 2);
-        self.layer_norm.forward(&words.broadcast_add(&positions.broadcast_add(&types)?)?)
+        words.broadcast_add(&positions.broadcast_add(&types)?)
+    }
+
+    /// FLOPs and bytes over (batch, seq) tokens; the ids are a few bytes per token, and left out.
+    pub fn cost(cfg: &BertConfig, [batch, seq]: [usize; 2], bytes: u64) -> Cost {
+        let (tokens, hidden) = ((batch * seq) as u64, cfg.hidden_size as u64);
+        // words, positions and segments looked up, two additions, the norm
+        cost::embedding(tokens, hidden, bytes) * 3
+            + cost::elementwise(tokens * hidden, 2)
+            + cost::norm(Norm::Layer, tokens, hidden, bytes)
     }
 }
 
 struct Layer {
-    self_attention: SelfAttention,
+    self_attention: EncoderAttention,
     attention_output: Linear,
     attention_norm: LayerNorm,
     mlp: Mlp,
@@ -165,14 +197,14 @@ struct Layer {
 }
 
 impl Layer {
-    fn load(cfg: &BertConfig, vb: VarBuilder) -> Result<Self> {
+    fn load(cfg: &BertConfig, first_rows: bool, vb: VarBuilder) -> Result<Self> {
         let (hidden, heads) = (cfg.hidden_size, cfg.num_attention_heads);
         let attention =
             Attention { heads, kv_heads: heads, head_dim: hidden / heads, scale: None, pattern: Pattern::Full };
         let sizes = [hidden, cfg.intermediate_size];
-        let qkv = ["query", "key", "value"];
+        let (qkv, inner) = (["query", "key", "value"], vb.pp("attention.self"));
         Ok(Self {
-            self_attention: SelfAttention::load(hidden, attention, qkv, true, vb.pp("attention.self"))?,
+            self_attention: EncoderAttention::load(hidden, attention, qkv, true, first_rows, inner)?,
             attention_output: Linear::load(hidden, hidden, true, vb.pp("attention.output.dense"))?,
             attention_norm: cfg.layer_norm(vb.pp("attention.output"))?,
             mlp: Mlp::load(sizes, cfg.hidden_act, true, ["intermediate.dense", "output.dense"], vb.clone())?,
@@ -180,11 +212,156 @@ impl Layer {
         })
     }
 
-    /// `x` and the result are (batch, seq, hidden).
-    fn forward(&self, x: &Tensor, mask: Option<&Mask>) -> Result<Tensor> {
-        let attended = self.self_attention.forward(x, mask)?; // (batch, seq, hidden)
-        let x = self.attention_norm.forward(&self.attention_output.forward_add(&attended, x)?)?;
+    /// `x` is (batch, seq, hidden), the result too, or (batch, rows, hidden).
+    fn forward(&self, x: &Tensor, rows: Option<usize>, mask: Option<&Mask>) -> Result<Tensor> {
+        let (attended, x) = self.self_attention.forward(x, x, rows, mask)?; // (batch, rows, hidden)
+        let x = self.attention_norm.forward(&self.attention_output.forward_add(&attended, &x)?)?;
         self.output_norm.forward(&self.mlp.forward_add(&x, &x)?)
+    }
+}
+
+/// The layers, one after the other.
+pub struct Encoder {
+    layers: Vec<Layer>,
+}
+
+impl Encoder {
+    /// Reads `layer.0` and so on under `vb`. `first_rows`: of the last layer only some first rows will be wanted.
+    ///
+    /// # Errors
+    /// When a tensor is missing or has another shape.
+    pub fn load(cfg: &BertConfig, first_rows: bool, vb: VarBuilder) -> Result<Self> {
+        let last = cfg.num_hidden_layers - 1;
+        let layer = |i: usize| Layer::load(cfg, first_rows && i == last, vb.pp(format!("layer.{i}")));
+        Ok(Self { layers: (0..cfg.num_hidden_layers).map(layer).collect::<Result<_>>()? })
+    }
+
+    /// All rows, or, of one loaded with `first_rows`, the first `rows` of each item.
+    ///
+    /// # Shapes
+    /// (batch, seq, hidden) → (batch, rows, hidden).
+    ///
+    /// # Errors
+    /// When shapes do not fit together.
+    pub fn forward(&self, mut x: Tensor, rows: Option<usize>, mask: Option<&Mask>) -> Result<Tensor> {
+        let Some((last, layers)) = self.layers.split_last() else { return Ok(x) };
+        for layer in layers {
+            x = layer.forward(&x, None, mask)?;
+        }
+        let fewer = rows.and_then(|rows| Some(mask?.first_rows(rows))).transpose()?;
+        last.forward(&x, rows, fewer.as_ref().or(mask))
+    }
+
+    /// FLOPs and bytes over (batch, seq) rows, all of them attended to, of which the last layer gives all or `rows`.
+    pub fn cost(cfg: &BertConfig, [batch, seq]: [usize; 2], rows: Option<usize>, bytes: u64) -> Cost {
+        let [batch, seq] = [batch, seq].map(|size| size as u64);
+        let [hidden, inner, heads] =
+            [cfg.hidden_size, cfg.intermediate_size, cfg.num_attention_heads].map(|size| size as u64);
+        let linear = |rows, input, output| cost::linear(rows, input, output, true, bytes);
+        let norm = |rows| cost::norm(Norm::Layer, rows, hidden, bytes);
+        let activation = |elements| cost::elementwise(elements, 1); // one, whichever it is
+        let residual = |rows| cost::elementwise(rows * hidden, 1);
+        let layer = |queries: u64| {
+            let visible_pairs = cost::full_pairs(queries, seq);
+            let attention = cost::Attention {
+                batch,
+                heads,
+                kv_heads: heads,
+                head_dim: hidden / heads,
+                queries,
+                cached: 0,
+                visible_pairs,
+            };
+            let rows = batch * queries;
+            linear(rows, hidden, hidden) + linear(batch * seq, hidden, 2 * hidden) // query; key and value
+                + attention.cost(bytes)
+                + linear(rows, hidden, hidden) + residual(rows) + norm(rows)
+                + linear(rows, hidden, inner) + activation(rows * inner)
+                + linear(rows, inner, hidden) + residual(rows) + norm(rows)
+        };
+        let last = rows.map_or(seq, |rows| rows as u64);
+        layer(seq) * (cfg.num_hidden_layers as u64 - 1) + layer(last)
+    }
+}
+
+/// The first row through a dense layer and tanh.
+pub struct Pooler {
+    dense: Linear,
+}
+
+impl Pooler {
+    /// Reads `dense` under `vb`.
+    ///
+    /// # Errors
+    /// When a tensor is missing or has another shape.
+    pub fn load(hidden: usize, vb: VarBuilder) -> Result<Self> {
+        Ok(Self { dense: Linear::load(hidden, hidden, true, vb.pp("dense"))? })
+    }
+
+    /// Reads the same for a class that holds it and makes nothing of it.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn skip(hidden: usize, vb: VarBuilder) -> Result<()> {
+        vb.get((hidden, hidden), "dense.weight")?;
+        vb.get(hidden, "dense.bias").map(drop)
+    }
+
+    /// # Shapes
+    /// (batch, seq, hidden) → (batch, hidden).
+    ///
+    /// # Errors
+    /// When the width is another.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.dense.forward_act(&x.narrow(1, 0, 1)?.squeeze(1)?, Activation::Tanh)
+    }
+
+    /// FLOPs and bytes for `batch` items.
+    pub fn cost(batch: usize, hidden: usize, bytes: u64) -> Cost {
+        let [batch, hidden] = [batch, hidden].map(|size| size as u64);
+        cost::linear(batch, hidden, hidden, true, bytes) + cost::elementwise(batch * hidden, 1)
+    }
+}
+
+/// Scores of every word for each row: dense layer, activation, norm, and a matrix that may be that of the words.
+pub struct PredictionHead {
+    dense: Linear,
+    hidden_act: Activation,
+    layer_norm: LayerNorm,
+    decoder: Linear,
+}
+
+impl PredictionHead {
+    /// Reads `dense` and `LayerNorm` under `vb`, for rows as wide as `decoder` takes.
+    ///
+    /// # Errors
+    /// When a tensor is missing or has another shape.
+    pub fn load(hidden_act: Activation, eps: f64, decoder: Linear, vb: VarBuilder) -> Result<Self> {
+        let hidden = decoder.in_dim();
+        Ok(Self {
+            dense: Linear::load(hidden, hidden, true, vb.pp("dense"))?,
+            hidden_act,
+            layer_norm: LayerNorm::load(hidden, eps, vb.pp("LayerNorm"))?,
+            decoder,
+        })
+    }
+
+    /// # Shapes
+    /// (..., hidden) → (..., vocab).
+    ///
+    /// # Errors
+    /// When the width is another.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.decoder.forward(&self.layer_norm.forward(&self.dense.forward_act(x, self.hidden_act)?)?)
+    }
+
+    /// FLOPs and bytes for `rows` rows.
+    pub fn cost(rows: usize, hidden: usize, vocab: usize, bytes: u64) -> Cost {
+        let [rows, hidden, vocab] = [rows, hidden, vocab].map(|size| size as u64);
+        cost::linear(rows, hidden, hidden, true, bytes)
+            + cost::elementwise(rows * hidden, 1)
+            + cost::norm(Norm::Layer, rows, hidden, bytes)
+            + cost::linear(rows, hidden, vocab, true, bytes)
     }
 }
 
@@ -212,65 +389,64 @@ impl HeadKind {
 
 /// The layers of a [`HeadKind`].
 enum Head {
-    /// The first token's state through a dense layer and tanh.
-    Pooler { dense: Linear },
-    /// Scores of every word at every position.
-    MaskedLm { dense: Linear, hidden_act: Activation, layer_norm: LayerNorm, decoder: Linear },
+    Pooler(Pooler),
+    MaskedLm(PredictionHead),
     /// Scores of every class from the pooled state.
-    Classifier { dense: Linear, classifier: Linear },
+    Classifier {
+        pooler: Pooler,
+        classifier: Linear,
+    },
 }
 
 impl Head {
     /// `vb` is the checkpoint's root, `bert` the encoder's part of it, `words` the embeddings that a head may be tied to.
     fn load(kind: HeadKind, cfg: &BertConfig, vb: VarBuilder, bert: VarBuilder, words: &Embedding) -> Result<Self> {
-        let hidden = cfg.hidden_size;
-        let square = |vb: VarBuilder| Linear::load(hidden, hidden, true, vb.pp("dense"));
+        let pooler = || Pooler::load(cfg.hidden_size, bert.pp("pooler"));
         Ok(match kind {
-            HeadKind::Pooler => Self::Pooler { dense: square(bert.pp("pooler"))? },
+            HeadKind::Pooler => Self::Pooler(pooler()?),
             HeadKind::Classifier { labels } => Self::Classifier {
-                dense: square(bert.pp("pooler"))?,
-                classifier: Linear::load(hidden, labels, true, vb.pp("classifier"))?,
+                pooler: pooler()?,
+                classifier: Linear::load(cfg.hidden_size, labels, true, vb.pp("classifier"))?,
             },
-            HeadKind::MaskedLm => {
-                let vb = vb.pp("cls.predictions");
-                let bias = vb.get(cfg.vocab_size, "bias")?;
-                let decoder = if cfg.tie_word_embeddings {
-                    words.output(Some(&bias))?
-                } else {
-                    // such a checkpoint has `bias` as well, but the class adds the decoder's own
-                    Linear::load(hidden, cfg.vocab_size, true, vb.pp("decoder"))?
-                };
-                let vb = vb.pp("transform");
-                let (dense, layer_norm) = (square(vb.clone())?, cfg.layer_norm(vb)?);
-                Self::MaskedLm { dense, hidden_act: cfg.hidden_act, layer_norm, decoder }
-            }
+            HeadKind::MaskedLm => Self::MaskedLm(masked_lm_head(cfg, vb.pp("cls.predictions"), words)?),
         })
     }
 
     /// Output fields of the class from the encoder's result (batch, seq, hidden).
     fn forward(&self, hidden: Tensor) -> Result<Tensors> {
-        let pool = |dense: &Linear| dense.forward_act(&hidden.narrow(1, 0, 1)?.squeeze(1)?, Activation::Tanh);
         Ok(match self {
-            Self::Pooler { dense } => {
-                let pooled = pool(dense)?; // (batch, hidden)
+            Self::Pooler(pooler) => {
+                let pooled = pooler.forward(&hidden)?; // (batch, hidden)
                 Tensors::from([("last_hidden_state".into(), hidden), ("pooler_output".into(), pooled)])
             }
-            Self::MaskedLm { dense, hidden_act, layer_norm, decoder } => {
-                let x = layer_norm.forward(&dense.forward_act(&hidden, *hidden_act)?)?;
-                Tensors::from([("logits".into(), decoder.forward(&x)?)]) // (batch, seq, vocab)
-            }
-            Self::Classifier { dense, classifier } => {
-                Tensors::from([("logits".into(), classifier.forward(&pool(dense)?)?)]) // (batch, labels)
+            Self::MaskedLm(head) => Tensors::from([("logits".into(), head.forward(&hidden)?)]), // (batch, seq, vocab)
+            Self::Classifier { pooler, classifier } => {
+                Tensors::from([("logits".into(), classifier.forward(&pooler.forward(&hidden)?)?)]) // (batch, labels)
             }
         })
     }
+}
+
+/// Reads the head of masked words under `vb`, tied to `words` or not as the config says.
+///
+/// # Errors
+/// When a tensor is missing or has another shape.
+pub fn masked_lm_head(cfg: &BertConfig, vb: VarBuilder, words: &Embedding) -> Result<PredictionHead> {
+    let bias = vb.get(cfg.vocab_size, "bias")?;
+    let decoder = if cfg.tie_word_embeddings {
+        words.output(Some(&bias))?
+    } else {
+        // such a checkpoint has `bias` as well, but the class adds the decoder's own
+        Linear::load(cfg.hidden_size, cfg.vocab_size, true, vb.pp("decoder"))?
+    };
+    PredictionHead::load(cfg.hidden_act, cfg.layer_norm_eps, decoder, vb.pp("transform"))
 }
 
 /// The encoder with the head of its class.
 pub struct BertModel {
     cfg: BertConfig,
     embeddings: Embeddings,
-    layers: Vec<Layer>,
+    encoder: Encoder,
     head: Head,
     kind: HeadKind,
     bytes_per_element: u64,
@@ -289,44 +465,56 @@ impl BertModel {
             HeadKind::MaskedLm | HeadKind::Classifier { .. } => vb.pp("bert"),
         };
         let embeddings = Embeddings::load(&cfg, bert.pp("embeddings"))?;
-        let layer = |i: usize| Layer::load(&cfg, bert.pp(format!("encoder.layer.{i}")));
-        let layers = (0..cfg.num_hidden_layers).map(layer).collect::<Result<_>>()?;
+        let encoder = Encoder::load(&cfg, false, bert.pp("encoder"))?;
         let head = Head::load(kind, &cfg, vb, bert.clone(), &embeddings.word_embeddings)?;
         let bytes_per_element = spec.dtype.size_in_bytes() as u64;
-        Ok(Self { cfg, embeddings, layers, head, kind, bytes_per_element, paths: isa::paths(&spec.device, spec.dtype) })
+        Ok(Self {
+            cfg,
+            embeddings,
+            encoder,
+            head,
+            kind,
+            bytes_per_element,
+            paths: isa::paths(&spec.device, spec.dtype),
+        })
     }
 
     fn forward(&self, ids: &TokenIds) -> Result<Tensors> {
         let mask = ids.attention_mask.as_ref().map(Mask::padding).transpose()?.flatten();
-        let mut x = self.embeddings.forward(ids)?;
-        for layer in &self.layers {
-            x = layer.forward(&x, mask.as_ref())?;
-        }
-        self.head.forward(x)
+        let x = self.embeddings.forward(ids)?;
+        self.head.forward(self.encoder.forward(x, None, mask.as_ref())?)
     }
 }
 
 /// The tensor arguments of `forward`, checked; those that the call leaves out are filled in as the class does.
-pub(crate) struct TokenIds {
+pub struct TokenIds {
     /// (batch, seq)
-    pub(crate) input_ids: Tensor,
+    pub input_ids: Tensor,
     /// (batch, seq) of 0 and 1
-    pub(crate) attention_mask: Option<Tensor>,
+    pub attention_mask: Option<Tensor>,
     /// (batch, seq), or (1, 1) when all tokens are of segment 0
-    pub(crate) token_type_ids: Tensor,
+    pub token_type_ids: Tensor,
     /// (batch, seq), or (1, seq) when they count from 0
-    pub(crate) position_ids: Tensor,
+    pub position_ids: Tensor,
 }
 
 impl TokenIds {
     pub(crate) fn read(cfg: &BertConfig, call: &Call) -> Result<Self, SessionError> {
         let known = ["input_ids", "attention_mask", "token_type_ids", "position_ids"];
-        let inputs = Inputs::forward(call, &known, &[])?;
-        let input_ids = inputs.matrix("input_ids")?;
-        in_range("input_ids", &input_ids, "vocab_size", cfg.vocab_size)?;
+        Self::of(cfg, &Inputs::forward(call, &known, &[])?, "input_ids")
+    }
+
+    /// The input `name` and what goes with it: `attention_mask`, `token_type_ids` and `position_ids`.
+    ///
+    /// # Errors
+    /// Names the input that is missing, misshapen, or beyond its table.
+    pub fn of(cfg: &BertConfig, inputs: &Inputs, name: &str) -> Result<Self, SessionError> {
+        let input_ids = inputs.matrix(name)?;
+        in_range(name, &input_ids, "vocab_size", cfg.vocab_size)?;
+        let like = |other: &str| inputs.matrix_as(other, (name, &input_ids));
 
         let (seq, limit) = (input_ids.dim(1)?, cfg.max_position_embeddings);
-        let position_ids = match inputs.matrix_like("position_ids", &input_ids)? {
+        let position_ids = match like("position_ids")? {
             Some(ids) => {
                 in_range("position_ids", &ids, "max_position_embeddings", limit)?;
                 ids
@@ -334,18 +522,18 @@ impl TokenIds {
             None if seq > limit => {
                 let reason =
                     format!("a sequence of {seq} is longer than max_position_embeddings = {limit}; truncate it");
-                return Err(SessionError::input("input_ids", reason));
+                return Err(SessionError::input(name, reason));
             }
             None => Tensor::arange(0, seq as i64, input_ids.device())?.unsqueeze(0)?,
         };
-        let token_type_ids = match inputs.matrix_like("token_type_ids", &input_ids)? {
+        let token_type_ids = match like("token_type_ids")? {
             Some(ids) => {
                 in_range("token_type_ids", &ids, "type_vocab_size", cfg.type_vocab_size)?;
                 ids
             }
             None => Tensor::zeros((1, 1), input_ids.dtype(), input_ids.device())?,
         };
-        let attention_mask = inputs.matrix_like("attention_mask", &input_ids)?;
+        let attention_mask = like("attention_mask")?;
         if let Some(mask) = &attention_mask {
             zero_or_one("attention_mask", mask)?;
         }
@@ -373,43 +561,17 @@ impl Session for BertModel {
 
 /// FLOPs and bytes of one forward pass over (batch, seq) tokens, all of them attended to.
 pub(crate) fn forward_cost(cfg: &BertConfig, head: Option<HeadKind>, shape: [usize; 2], bytes: u64) -> Cost {
-    let [batch, seq] = shape.map(|size| size as u64);
-    let [hidden, inner, heads, vocab] =
-        [cfg.hidden_size, cfg.intermediate_size, cfg.num_attention_heads, cfg.vocab_size].map(|size| size as u64);
-    let tokens = batch * seq;
-    let linear = |rows, input, output| cost::linear(rows, input, output, true, bytes);
-    let norm = cost::norm(Norm::Layer, tokens, hidden, bytes);
-    let activation = |elements| cost::elementwise(elements, 1); // one, whichever it is
-    let residual = cost::elementwise(tokens * hidden, 1);
-    let visible_pairs = cost::full_pairs(seq, seq);
-    let attention = cost::Attention {
-        batch,
-        heads,
-        kv_heads: heads,
-        head_dim: hidden / heads,
-        queries: seq,
-        cached: 0,
-        visible_pairs,
-    };
-
-    // words, positions and segments looked up, two additions, the norm
-    let embeddings = cost::embedding(tokens, hidden, bytes) * 3 + residual * 2 + norm;
-    let layer = linear(tokens, hidden, 3 * hidden) // query, key and value
-        + attention.cost(bytes)
-        + linear(tokens, hidden, hidden) + residual + norm
-        + linear(tokens, hidden, inner) + activation(tokens * inner)
-        + linear(tokens, inner, hidden) + residual + norm;
-    let pooler = linear(batch, hidden, hidden) + activation(batch * hidden);
+    let [batch, seq] = shape;
+    let pooler = || Pooler::cost(batch, cfg.hidden_size, bytes);
     let head = match head {
         None => Cost::default(),
-        Some(HeadKind::Pooler) => pooler,
-        Some(HeadKind::Classifier { labels }) => pooler + linear(batch, hidden, labels as u64),
-        Some(HeadKind::MaskedLm) => {
-            linear(tokens, hidden, hidden) + activation(tokens * hidden) + norm + linear(tokens, hidden, vocab)
+        Some(HeadKind::Pooler) => pooler(),
+        Some(HeadKind::Classifier { labels }) => {
+            pooler() + cost::linear(batch as u64, cfg.hidden_size as u64, labels as u64, true, bytes)
         }
+        Some(HeadKind::MaskedLm) => PredictionHead::cost(batch * seq, cfg.hidden_size, cfg.vocab_size, bytes),
     };
-    // the ids of words, positions and segments are a few bytes per token, and left out
-    embeddings + layer * cfg.num_hidden_layers as u64 + head
+    Embeddings::cost(cfg, shape, bytes) + Encoder::cost(cfg, shape, None, bytes) + head
 }
 
 #[cfg(test)]

@@ -201,7 +201,7 @@ mod tests {
     #[test]
     fn scales_of_the_layers() {
         let by_layer = ("scale_attn_by_inverse_layer_idx", json!(true));
-        assert_eq!(config(&[by_layer.clone()]).unwrap().attention(3).scale, Some(0.03125));
+        assert_eq!(config(std::slice::from_ref(&by_layer)).unwrap().attention(3).scale, Some(0.03125));
         let unscaled = [by_layer, ("scale_attn_weights", json!(false))];
         assert_eq!(config(&unscaled).unwrap().attention(3).scale, Some(0.25));
         assert_eq!(config(&unscaled[1..]).unwrap().attention(3).scale, Some(1.0));

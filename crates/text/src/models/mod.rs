@@ -2,6 +2,7 @@
 
 pub mod bart;
 pub mod bert;
+pub mod bert_layer;
 pub mod falcon;
 pub mod gpt2;
 pub mod layer_norm_decoder;

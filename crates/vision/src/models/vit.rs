@@ -13,7 +13,7 @@ use roofbench_core::inputs::Inputs;
 use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Result, Session, SessionError, Tensors};
 use roofbench_core::weights::{AliasRule, AliasScope};
 use roofbench_nn::activation::Activation;
-use roofbench_nn::attention::{Attention, FirstRows, Pattern, SelfAttention};
+use roofbench_nn::attention::{Attention, EncoderAttention, Mask, Pattern};
 use roofbench_nn::kernels::isa;
 use roofbench_nn::linear::Linear;
 use roofbench_nn::mlp::Mlp;
@@ -123,8 +123,21 @@ impl ViTConfig {
         Ok(cfg)
     }
 
+    /// The layers of the encoder.
+    pub fn encoder(&self) -> EncoderConfig {
+        EncoderConfig {
+            hidden_size: self.hidden_size,
+            num_hidden_layers: self.num_hidden_layers,
+            num_attention_heads: self.num_attention_heads,
+            intermediate_size: self.intermediate_size,
+            qkv_bias: self.qkv_bias,
+            hidden_act: self.hidden_act,
+            layer_norm_eps: self.layer_norm_eps,
+        }
+    }
+
     /// Rows and columns of whole patches in a picture of `size`.
-    fn patches(&self, size: HeightWidth) -> [usize; 2] {
+    pub fn patches(&self, size: HeightWidth) -> [usize; 2] {
         [size.height / self.patch_size.height, size.width / self.patch_size.width]
     }
 
@@ -137,8 +150,10 @@ impl ViTConfig {
     }
 }
 
-struct Embeddings {
+/// Patches behind a class token, with their positions.
+pub struct Embeddings {
     cls_token: Tensor,           // (1, 1, hidden)
+    mask_token: Option<Tensor>,  // (1, 1, hidden)
     position_embeddings: Tensor, // (1, 1 + patches, hidden), the class token's first
     patch_embeddings: PatchEmbed,
     /// Rows and columns of the patches that the positions were learned on.
@@ -146,7 +161,11 @@ struct Embeddings {
 }
 
 impl Embeddings {
-    fn load(cfg: &ViTConfig, vb: VarBuilder) -> Result<Self> {
+    /// Reads `cls_token`, `position_embeddings`, `patch_embeddings.projection` and, with `use_mask_token`, `mask_token`.
+    ///
+    /// # Errors
+    /// When a tensor is missing or has another shape.
+    pub fn load(cfg: &ViTConfig, use_mask_token: bool, vb: VarBuilder) -> Result<Self> {
         let learned = cfg.patches(cfg.image_size);
         let dtype = activation_dtype(vb.dtype(), vb.device());
         let get = |rows: usize, name: &str| vb.get((1, rows, cfg.hidden_size), name)?.to_dtype(dtype);
@@ -154,6 +173,7 @@ impl Embeddings {
         let projection = vb.pp("patch_embeddings.projection");
         Ok(Self {
             cls_token: get(1, "cls_token")?,
+            mask_token: if use_mask_token { Some(get(1, "mask_token")?) } else { None },
             position_embeddings: get(1 + learned[0] * learned[1], "position_embeddings")?,
             patch_embeddings: PatchEmbed::load(cfg.num_channels, cfg.hidden_size, patch_size, true, projection)?,
             learned,
@@ -163,14 +183,69 @@ impl Embeddings {
     /// (batch, channels, height, width) -> (batch, 1 + patches, hidden). `patches` are the rows and columns to
     /// interpolate the positions to, when they are to be interpolated.
     fn forward(&self, pixel_values: &Tensor, patches: Option<[usize; 2]>) -> Result<Tensor> {
-        let x = self.patch_embeddings.forward(pixel_values)?; // (batch, patches, hidden)
-        let (batch, _, hidden) = x.dims3()?;
-        let x = Tensor::cat(&[&self.cls_token.broadcast_as((batch, 1, hidden))?, &x], 1)?;
+        let x = self.with_class_token(&self.patches(pixel_values)?)?;
         roofbench_nn::cost::elementwise(x.elem_count(), 1); // positions added
         match patches {
             Some(patches) => x.broadcast_add(&self.interpolated_positions(patches)?),
             None => x.broadcast_add(&self.position_embeddings),
         }
+    }
+
+    /// Patches alone, for [`join`](Self::join).
+    ///
+    /// # Shapes
+    /// (batch, channels, height, width) → (batch, patches, hidden).
+    ///
+    /// # Errors
+    /// When the number of channels is another or the picture is smaller than a patch.
+    pub fn patches(&self, pixel_values: &Tensor) -> Result<Tensor> {
+        self.patch_embeddings.forward(pixel_values)
+    }
+
+    /// The class token and its `patches`, with the learned positions. Patches at which `masked` (batch, patches), u8, is 1
+    /// give way to the mask token, where there is one.
+    ///
+    /// # Shapes
+    /// (batch, patches, hidden) → (batch, 1 + patches, hidden).
+    ///
+    /// # Errors
+    /// When there are more or fewer patches than positions.
+    pub fn join(&self, patches: &Tensor, masked: Option<&Tensor>) -> Result<Tensor> {
+        let x = match masked.zip(self.mask_token.as_ref()) {
+            Some((masked, token)) => {
+                let masked = masked.unsqueeze(2)?.broadcast_as(patches.shape())?;
+                self.with_class_token(&masked.where_cond(&token.broadcast_as(patches.shape())?, patches)?)?
+            }
+            None => self.with_class_token(patches)?,
+        };
+        roofbench_nn::cost::elementwise(x.elem_count(), 1); // positions added
+        x.broadcast_add(&self.position_embeddings)
+    }
+
+    fn with_class_token(&self, patches: &Tensor) -> Result<Tensor> {
+        let (batch, _, hidden) = patches.dims3()?;
+        Tensor::cat(&[&self.cls_token.broadcast_as((batch, 1, hidden))?, patches], 1)
+    }
+
+    /// FLOPs and bytes for `batch` pictures of `size`, without stretching positions.
+    pub fn cost(cfg: &ViTConfig, batch: usize, size: HeightWidth, bytes: u64) -> Cost {
+        let [batch, channels, hidden] = [batch, cfg.num_channels, cfg.hidden_size].map(|size| size as u64);
+        let [grid, learned] = [size, cfg.image_size].map(|size| cfg.patches(size).map(|n| n as u64));
+        let patches = cost::Conv2d {
+            batch,
+            in_channels: channels,
+            out_channels: hidden,
+            kernel: [cfg.patch_size.height, cfg.patch_size.width].map(|n| n as u64),
+            groups: 1,
+            output: grid,
+            bias: true,
+        };
+        cost::input(batch * channels * (size.height * size.width) as u64, bytes)
+            + patches.cost(bytes)
+            // the class token and every learned position, once; a row of the sequence per item for the token
+            + Cost { weight_bytes: (2 + learned[0] * learned[1]) * hidden * bytes, ..Cost::default() }
+            + Cost { activation_bytes: batch * hidden * bytes, ..Cost::default() }
+            + cost::elementwise(batch * (1 + grid[0] * grid[1]) * hidden, 1) // positions added
     }
 
     /// The learned positions stretched over other rows and columns; the class token keeps its own.
@@ -184,49 +259,128 @@ impl Embeddings {
     }
 }
 
-enum Rows {
-    All(SelfAttention),
-    /// Of the last layer, when the class has no other output.
-    ClassToken(FirstRows),
+/// The layers of an encoder of this kind; field names are those of [`ViTConfig`].
+#[derive(Debug, Clone, Copy)]
+pub struct EncoderConfig {
+    /// Width of the stream.
+    pub hidden_size: usize,
+    /// Layers.
+    pub num_hidden_layers: usize,
+    /// Attention heads; they divide `hidden_size`.
+    pub num_attention_heads: usize,
+    /// Width inside the feed-forward half.
+    pub intermediate_size: usize,
+    /// The products of query, key and value have biases.
+    pub qkv_bias: bool,
+    /// Activation of the feed-forward half.
+    pub hidden_act: Activation,
+    /// Added to the variance in every normalisation.
+    pub layer_norm_eps: f64,
 }
 
 struct Layer {
     layernorm_before: LayerNorm,
-    self_attention: Rows,
+    self_attention: EncoderAttention,
     attention_output: Linear,
     layernorm_after: LayerNorm,
     mlp: Mlp,
 }
 
 impl Layer {
-    fn load(cfg: &ViTConfig, class_token: bool, vb: VarBuilder) -> Result<Self> {
+    fn load(cfg: &EncoderConfig, first_rows: bool, vb: VarBuilder) -> Result<Self> {
         let (hidden, heads) = (cfg.hidden_size, cfg.num_attention_heads);
         let attention =
             Attention { heads, kv_heads: heads, head_dim: hidden / heads, scale: None, pattern: Pattern::Full };
         let sizes = [hidden, cfg.intermediate_size];
         let (qkv, inner) = (["query", "key", "value"], vb.pp("attention.attention"));
-        let self_attention = match class_token {
-            false => Rows::All(SelfAttention::load(hidden, attention, qkv, cfg.qkv_bias, inner)?),
-            true => Rows::ClassToken(FirstRows::load(hidden, attention, qkv, cfg.qkv_bias, inner, 1)?),
-        };
+        let norm = |name: &str| LayerNorm::load(hidden, cfg.layer_norm_eps, vb.pp(name));
         Ok(Self {
-            layernorm_before: cfg.layer_norm(vb.pp("layernorm_before"))?,
-            self_attention,
+            layernorm_before: norm("layernorm_before")?,
+            self_attention: EncoderAttention::load(hidden, attention, qkv, cfg.qkv_bias, first_rows, inner)?,
             attention_output: Linear::load(hidden, hidden, true, vb.pp("attention.output.dense"))?,
-            layernorm_after: cfg.layer_norm(vb.pp("layernorm_after"))?,
+            layernorm_after: norm("layernorm_after")?,
             mlp: Mlp::load(sizes, cfg.hidden_act, true, ["intermediate.dense", "output.dense"], vb)?,
         })
     }
 
-    /// `x` is (batch, seq, hidden), the result too, or (batch, 1, hidden) of the class token alone.
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    /// `x` is (batch, seq, hidden), the result too, or (batch, rows, hidden).
+    fn forward(&self, x: &Tensor, rows: Option<usize>, mask: Option<&Mask>) -> Result<Tensor> {
         let normed = self.layernorm_before.forward(x)?;
-        let (attended, x) = match &self.self_attention {
-            Rows::All(attention) => (attention.forward(&normed, None)?, x.clone()),
-            Rows::ClassToken(attention) => (attention.forward(&normed, None)?, x.narrow(1, 0, 1)?.contiguous()?),
-        };
+        let (attended, x) = self.self_attention.forward(&normed, x, rows, mask)?;
         let x = self.attention_output.forward_add(&attended, &x)?;
         self.mlp.forward_add(&self.layernorm_after.forward(&x)?, &x)
+    }
+}
+
+/// The layers, one after the other, without the norm behind them.
+pub struct Encoder {
+    layers: Vec<Layer>,
+}
+
+impl Encoder {
+    /// Reads `layer.0` and so on under `vb`. `first_rows`: of the last layer only some first rows will be wanted.
+    ///
+    /// # Errors
+    /// When a tensor is missing or has another shape.
+    pub fn load(cfg: &EncoderConfig, first_rows: bool, vb: VarBuilder) -> Result<Self> {
+        let last = cfg.num_hidden_layers - 1;
+        let layer = |i: usize| Layer::load(cfg, first_rows && i == last, vb.pp(format!("layer.{i}")));
+        Ok(Self { layers: (0..cfg.num_hidden_layers).map(layer).collect::<Result<_>>()? })
+    }
+
+    /// All rows, or, of one loaded with `first_rows`, the first `rows` of each item.
+    ///
+    /// # Shapes
+    /// (batch, seq, hidden) → (batch, rows, hidden).
+    ///
+    /// # Errors
+    /// When shapes do not fit together.
+    pub fn forward(&self, mut x: Tensor, rows: Option<usize>, mask: Option<&Mask>) -> Result<Tensor> {
+        let Some((last, layers)) = self.layers.split_last() else { return Ok(x) };
+        for layer in layers {
+            x = layer.forward(&x, None, mask)?;
+        }
+        last.forward(&x, rows, mask)
+    }
+
+    /// FLOPs and bytes over (batch, seq) rows, all of them attended to, of which the last layer gives all or `rows`.
+    pub fn cost(cfg: &EncoderConfig, [batch, seq]: [usize; 2], rows: Option<usize>, bytes: u64) -> Cost {
+        let [batch, seq] = [batch, seq].map(|size| size as u64);
+        let [hidden, inner, heads] =
+            [cfg.hidden_size, cfg.intermediate_size, cfg.num_attention_heads].map(|size| size as u64);
+        let linear = |rows, input, output| cost::linear(rows, input, output, true, bytes);
+        let norm = |rows| cost::norm(Norm::Layer, rows, hidden, bytes);
+        let activation = |elements| cost::elementwise(elements, 1); // one, whichever it is
+        let residual = |rows| cost::elementwise(rows * hidden, 1);
+        let project = |rows, width| cost::linear(rows, hidden, width, cfg.qkv_bias, bytes);
+        let layer = |queries: u64| {
+            let visible_pairs = cost::full_pairs(queries, seq);
+            let attention = cost::Attention {
+                batch,
+                heads,
+                kv_heads: heads,
+                head_dim: hidden / heads,
+                queries,
+                cached: 0,
+                visible_pairs,
+            };
+            let rows = batch * queries;
+            // each query sees the keys and values of all
+            norm(batch * seq)
+                + project(rows, hidden)
+                + project(batch * seq, 2 * hidden)
+                + attention.cost(bytes)
+                // attention's output, and the feed-forward half
+                + linear(rows, hidden, hidden)
+                + residual(rows)
+                + norm(rows)
+                + linear(rows, hidden, inner)
+                + activation(rows * inner)
+                + linear(rows, inner, hidden)
+                + residual(rows)
+        };
+        let last = rows.map_or(seq, |rows| rows as u64);
+        layer(seq) * (cfg.num_hidden_layers as u64 - 1) + layer(last)
     }
 }
 
@@ -245,6 +399,14 @@ impl HeadKind {
             "ViTModel" => Ok(Self::Pooler),
             "ViTForImageClassification" => Ok(Self::Classifier { labels: label_count(&spec.config)? }),
             _ => Err(config::unsupported_class(spec, CLASSES)),
+        }
+    }
+
+    /// Rows of the last layer that it reads, when that is not all: the class token's.
+    fn rows(self) -> Option<usize> {
+        match self {
+            Self::Pooler => None,
+            Self::Classifier { .. } => Some(1),
         }
     }
 }
@@ -288,7 +450,7 @@ impl Head {
 pub struct ViTModel {
     cfg: ViTConfig,
     embeddings: Embeddings,
-    layers: Vec<Layer>,
+    encoder: Encoder,
     layernorm: LayerNorm,
     head: Head,
     kind: HeadKind,
@@ -308,12 +470,9 @@ impl ViTModel {
             HeadKind::Pooler => vb.clone(),
             HeadKind::Classifier { .. } => vb.pp("vit"),
         };
-        let last = cfg.num_hidden_layers - 1;
-        let class_token = |i: usize| i == last && matches!(kind, HeadKind::Classifier { .. });
-        let layer = |i: usize| Layer::load(&cfg, class_token(i), vit.pp(format!("encoder.layer.{i}")));
         Ok(Self {
-            embeddings: Embeddings::load(&cfg, vit.pp("embeddings"))?,
-            layers: (0..cfg.num_hidden_layers).map(layer).collect::<Result<_>>()?,
+            embeddings: Embeddings::load(&cfg, false, vit.pp("embeddings"))?,
+            encoder: Encoder::load(&cfg.encoder(), kind.rows().is_some(), vit.pp("encoder"))?,
             layernorm: cfg.layer_norm(vit.pp("layernorm"))?,
             head: Head::load(kind, &cfg, vb)?,
             kind,
@@ -327,11 +486,8 @@ impl ViTModel {
     fn forward(&self, pixels: &Pixels) -> Result<Tensors> {
         let dtype = activation_dtype(self.dtype, &self.device);
         let pixel_values = pixels.values.to_device(&self.device)?.to_dtype(dtype)?;
-        let mut x = self.embeddings.forward(&pixel_values, pixels.interpolated)?;
-        for layer in &self.layers {
-            x = layer.forward(&x)?;
-        }
-        self.head.forward(&x, &self.layernorm)
+        let x = self.embeddings.forward(&pixel_values, pixels.interpolated)?;
+        self.head.forward(&self.encoder.forward(x, self.kind.rows(), None)?, &self.layernorm)
     }
 }
 
@@ -405,74 +561,25 @@ pub(crate) fn forward_cost(
     dtype: DType,
 ) -> Result<Vec<PhaseCost>, SessionError> {
     let bytes = dtype.size_in_bytes() as u64;
-    let [batch, channels, hidden, inner, heads] =
-        [pixels.values.dim(0)?, cfg.num_channels, cfg.hidden_size, cfg.intermediate_size, cfg.num_attention_heads]
-            .map(|size| size as u64);
-    let grid = cfg.patches(pixels.size).map(|n| n as u64);
-    let learned = cfg.patches(cfg.image_size).map(|n| n as u64);
+    let (items, grid) = (pixels.values.dim(0)?, cfg.patches(pixels.size));
     let seq = 1 + grid[0] * grid[1];
-    let tokens = batch * seq;
-
+    let [batch, hidden, tokens, patches] = [items, cfg.hidden_size, items * seq, seq - 1].map(|size| size as u64);
     let linear = |rows, input, output| cost::linear(rows, input, output, true, bytes);
     let norm = |rows| cost::norm(Norm::Layer, rows, hidden, bytes);
-    let activation = |elements| cost::elementwise(elements, 1); // one, whichever it is
-    let residual = |rows| cost::elementwise(rows * hidden, 1);
-
-    let kernel = [cfg.patch_size.height, cfg.patch_size.width].map(|n| n as u64);
-    let patches = cost::Conv2d {
-        batch,
-        in_channels: channels,
-        out_channels: hidden,
-        kernel,
-        groups: 1,
-        output: grid,
-        bias: true,
-    };
-    let size = pixels.size;
-    let embeddings = cost::input(batch * channels * (size.height * size.width) as u64, bytes)
-        + patches.cost(bytes)
-        // the class token and every learned position, once; a row of the sequence per item for the token
-        + Cost { weight_bytes: (2 + learned[0] * learned[1]) * hidden * bytes, ..Cost::default() }
-        + Cost { activation_bytes: batch * hidden * bytes, ..Cost::default() }
-        + residual(tokens) // positions added
-        // bicubic: a multiply-add for each of 16 neighbours
-        + pixels.interpolated.map_or(Cost::default(), |_| cost::elementwise(grid[0] * grid[1] * hidden, 2 * 16));
-    let attention = |queries| {
-        let visible_pairs = cost::full_pairs(queries, seq);
-        cost::Attention { batch, heads, kv_heads: heads, head_dim: hidden / heads, queries, cached: 0, visible_pairs }
-    };
-    let project = |rows, width| cost::linear(rows, hidden, width, cfg.qkv_bias, bytes);
-    // attention's output, and the feed-forward half
-    let behind = |rows| {
-        linear(rows, hidden, hidden)
-            + residual(rows)
-            + norm(rows)
-            + linear(rows, hidden, inner)
-            + activation(rows * inner)
-            + linear(rows, inner, hidden)
-            + residual(rows)
-    };
-    let layer = norm(tokens) + project(tokens, 3 * hidden) + attention(seq).cost(bytes) + behind(tokens);
-    let last = match kind {
-        HeadKind::Pooler => layer,
-        // the class token's query sees the keys and values of all
-        HeadKind::Classifier { .. } => {
-            norm(tokens)
-                + project(batch, hidden)
-                + project(tokens, 2 * hidden)
-                + attention(1).cost(bytes)
-                + behind(batch)
-        }
-    };
+    // bicubic: a multiply-add for each of 16 neighbours
+    let stretched = pixels.interpolated.map_or(Cost::default(), |_| cost::elementwise(patches * hidden, 2 * 16));
     let head = match kind {
         HeadKind::Pooler => {
             let pooled = cfg.pooler_size() as u64;
-            norm(tokens) + linear(batch, hidden, pooled) + activation(batch * pooled)
+            norm(tokens) + linear(batch, hidden, pooled) + cost::elementwise(batch * pooled, 1)
         }
         // the class token alone
         HeadKind::Classifier { labels } => norm(batch) + linear(batch, hidden, labels as u64),
     };
-    let cost = embeddings + layer * (cfg.num_hidden_layers as u64 - 1) + last + head;
+    let cost = Embeddings::cost(cfg, items, pixels.size, bytes)
+        + stretched
+        + Encoder::cost(&cfg.encoder(), [items, seq], kind.rows(), bytes)
+        + head;
     Ok(vec![PhaseCost { phase: Phase::Forward, repeats: 1, cost }])
 }
 

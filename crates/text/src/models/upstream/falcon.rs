@@ -159,7 +159,7 @@ mod tests {
         }
         let arguments = [("max_new_tokens".to_owned(), json!(6)), ("output_logits".to_owned(), json!(true))];
         let arguments = arguments.into_iter().collect();
-        Call { method: method.to_owned(), inputs, arguments, ..Default::default() }
+        Call { method: method.to_owned(), inputs, arguments }
     }
 
     /// The stock Falcon and ours, on the same weights.
