@@ -1231,7 +1231,7 @@ mod tests {
 
     fn speak(model: &mut dyn Session, rows: &[[i64; 4]], arguments: Value) -> Result<Tensor, SessionError> {
         let cpu = &Device::Cpu;
-        let ids = Tensor::new(rows, cpu)?;
+        let ids = Tensor::new(rows.concat(), cpu)?.reshape((rows.len(), 4))?;
         let speakers = Tensor::new(&[[0.5f32, -1.0]], cpu)?;
         let call = Call {
             method: "generate_speech".into(),
