@@ -10,8 +10,8 @@ use serde_json::{Map, Value};
 use crate::session::{Call, ModelSpec, Observer, Phase, SessionError, Tensors};
 use crate::weights::synthetic;
 
-/// Tokens in all where nothing says how many, as in the library.
-const DEFAULT_MAX_LENGTH: usize = 20;
+/// New tokens where nothing says how many, as in the library.
+const DEFAULT_MAX_NEW_TOKENS: usize = 20;
 
 /// Tokens that sampling draws from where nothing says how many, as in the library.
 const DEFAULT_TOP_K: usize = 50;
@@ -189,7 +189,8 @@ impl Generation {
         })?;
         let max_new_tokens = match (raw.max_new_tokens, raw.max_length) {
             (Some(new), _) => new,
-            (None, length) => length.unwrap_or(DEFAULT_MAX_LENGTH).saturating_sub(prompt),
+            (None, Some(length)) => length.saturating_sub(prompt),
+            (None, None) => DEFAULT_MAX_NEW_TOKENS,
         };
         if max_new_tokens == 0 {
             let reason = format!("leaves room for no token after {prompt} of the prompt; pass max_new_tokens");
@@ -518,7 +519,7 @@ mod tests {
         assert_eq!(generation.eos_token_id, [9]);
         let nested = json!({"text_config": {"eos_token_id": 2, "pad_token_id": null}});
         let generation = read(json!({}), None, nested).unwrap();
-        assert_eq!((generation.max_new_tokens, generation.eos_token_id), (16, vec![2])); // 20 less the prompt
+        assert_eq!((generation.max_new_tokens, generation.eos_token_id), (20, vec![2]));
     }
 
     #[test]

@@ -148,22 +148,14 @@ impl<'a> Inputs<'a> {
         Ok(tensor)
     }
 
-    /// Floats of the dimensions `shape`, each a name and, where it is fixed, a size; none of them is 0.
+    /// Floats of any shape without a dimension of 0.
     ///
     /// # Errors
-    /// It is missing, or has another shape or type.
-    pub fn floats(&self, name: &str, shape: &[(&str, Option<usize>)]) -> Result<&'a Tensor, SessionError> {
+    /// They are missing, empty or of another type.
+    pub fn floats(&self, name: &str) -> Result<&'a Tensor, SessionError> {
         let tensor = self.required(name)?;
-        let fits =
-            |(found, (_, fixed)): (&usize, &(&str, Option<usize>))| fixed.map_or(*found > 0, |size| *found == size);
-        if tensor.rank() != shape.len() || !tensor.dims().iter().zip(shape).all(fits) {
-            let dimension = |(name, fixed): &(&str, Option<usize>)| match fixed {
-                Some(size) => format!("{name} = {size}"),
-                None => (*name).to_owned(),
-            };
-            let expected = shape.iter().map(dimension).collect::<Vec<_>>().join(", ");
-            let reason = format!("has shape {:?}, expected ({expected}), none of them 0", tensor.dims());
-            return Err(SessionError::input(name, reason));
+        if tensor.elem_count() == 0 {
+            return Err(SessionError::input(name, format!("has shape {:?}, which is empty", tensor.dims())));
         }
         if !tensor.dtype().is_float() {
             return Err(SessionError::input(name, format!("has type {:?}, expected floats", tensor.dtype())));
@@ -174,13 +166,39 @@ impl<'a> Inputs<'a> {
     /// The same, or `None` when the call leaves them out.
     ///
     /// # Errors
+    /// They are empty or of another type.
+    pub fn optional_floats(&self, name: &str) -> Result<Option<&'a Tensor>, SessionError> {
+        if self.call.inputs.contains_key(name) { self.floats(name).map(Some) } else { Ok(None) }
+    }
+
+    /// Floats of the dimensions `shape`, each a name and, where it is fixed, a size; none of them is 0.
+    ///
+    /// # Errors
+    /// They are missing, or have another shape or type.
+    pub fn floats_of(&self, name: &str, shape: &[(&str, Option<usize>)]) -> Result<&'a Tensor, SessionError> {
+        let tensor = self.floats(name)?;
+        let fits = |(found, (_, fixed)): (&usize, &(&str, Option<usize>))| fixed.is_none_or(|size| *found == size);
+        if tensor.rank() == shape.len() && tensor.dims().iter().zip(shape).all(fits) {
+            return Ok(tensor);
+        }
+        let dimension = |(name, fixed): &(&str, Option<usize>)| match fixed {
+            Some(size) => format!("{name} = {size}"),
+            None => (*name).to_owned(),
+        };
+        let expected = shape.iter().map(dimension).collect::<Vec<_>>().join(", ");
+        Err(SessionError::input(name, format!("has shape {:?}, expected ({expected})", tensor.dims())))
+    }
+
+    /// The same, or `None` when the call leaves them out.
+    ///
+    /// # Errors
     /// Another shape or type.
-    pub fn optional_floats(
+    pub fn optional_floats_of(
         &self,
         name: &str,
         shape: &[(&str, Option<usize>)],
     ) -> Result<Option<&'a Tensor>, SessionError> {
-        if self.call.inputs.contains_key(name) { self.floats(name, shape).map(Some) } else { Ok(None) }
+        if self.call.inputs.contains_key(name) { self.floats_of(name, shape).map(Some) } else { Ok(None) }
     }
 
     /// A plain argument that is true or false; false when the call leaves it out.
@@ -357,14 +375,27 @@ mod tests {
     }
 
     #[test]
+    fn floats_of_any_shape_are_not_empty() {
+        let read = |shape: &[usize], dtype| {
+            let call = call("video", Tensor::zeros(shape, dtype, &Device::Cpu).unwrap());
+            let inputs = Inputs::forward(&call, &["video", "other"], &[]).unwrap();
+            assert!(inputs.optional_floats("other").unwrap().is_none());
+            message(inputs.optional_floats("video"))
+        };
+        assert_eq!(read(&[2, 1, 5], DType::F32), "");
+        assert_eq!(read(&[2, 0, 5], DType::F32), "input `video`: has shape [2, 0, 5], which is empty");
+        assert_eq!(read(&[2], DType::U8), "input `video`: has type U8, expected floats");
+    }
+
+    #[test]
     fn dimensions_of_floats_are_named() {
         let call = call("x", Tensor::zeros((2, 3), DType::F32, &Device::Cpu).unwrap());
         let inputs = Inputs::of_any_method(&call, &["x"]).unwrap();
-        assert_eq!(inputs.floats("x", &[("batch", None), ("bins", Some(3))]).unwrap().dims(), [2, 3]);
-        let error = message(inputs.floats("x", &[("batch", None), ("bins", Some(4))]));
-        assert_eq!(error, "input `x`: has shape [2, 3], expected (batch, bins = 4), none of them 0");
-        assert!(message(inputs.floats("x", &[("batch", None)])).contains("expected (batch)"));
-        assert!(inputs.optional_floats("y", &[("batch", None)]).unwrap().is_none());
+        assert_eq!(inputs.floats_of("x", &[("batch", None), ("bins", Some(3))]).unwrap().dims(), [2, 3]);
+        let error = message(inputs.floats_of("x", &[("batch", None), ("bins", Some(4))]));
+        assert_eq!(error, "input `x`: has shape [2, 3], expected (batch, bins = 4)");
+        assert!(message(inputs.floats_of("x", &[("batch", None)])).contains("expected (batch)"));
+        assert!(inputs.optional_floats_of("y", &[("batch", None)]).unwrap().is_none());
     }
 
     #[test]

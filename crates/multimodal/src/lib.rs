@@ -44,7 +44,10 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 
 pub mod flava_processor;
+pub mod imagebind_processor;
 pub mod models;
+pub(crate) mod picture_to_text;
+pub mod videomae_processor;
 
 pub use candle_core;
 pub use roofbench_core::classify;
@@ -55,12 +58,32 @@ pub use roofbench_core::session::{
 pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, WeightsError};
 pub use serde_json;
 
-use models::{blip, blip_2, clip, flava, instructblip, layoutlm, llava, upstream, vilt};
+use imagebind_processor::ImageBindProcessor;
+use models::{
+    blip, blip_2, clip, donut, flava, git, imagebind, instructblip, layoutlm, llava, pix2struct, upstream, videomae,
+    vilt,
+};
 use roofbench_core::config;
 use roofbench_vision::preprocess::ImageProcessor;
+use roofbench_vision::preprocess::pix2struct::Pix2StructProcessor;
+use videomae_processor::VideoMaeProcessor;
 
 /// The families of the catalog that this crate runs.
-pub const FAMILIES: &[&str] = &["clip", "blip", "vilt", "flava", "layoutlm", "llava", "blip-2", "instructblip"];
+pub const FAMILIES: &[&str] = &[
+    "clip",
+    "blip",
+    "llava",
+    "blip-2",
+    "imagebind",
+    "instructblip",
+    "vilt",
+    "flava",
+    "git",
+    "pix2struct",
+    "layoutlm",
+    "donut",
+    "videomae",
+];
 
 /// The `transformers` classes of `family` that run; none for a family that is not one of [`FAMILIES`].
 pub fn classes(family: &str) -> &'static [&'static str] {
@@ -73,6 +96,11 @@ pub fn classes(family: &str) -> &'static [&'static str] {
         "llava" => llava::CLASSES,
         "blip-2" => blip_2::CLASSES,
         "instructblip" => instructblip::CLASSES,
+        "git" => git::CLASSES,
+        "pix2struct" => pix2struct::CLASSES,
+        "donut" => donut::CLASSES,
+        "imagebind" => imagebind::CLASSES,
+        "videomae" => videomae::CLASSES,
         _ => &[],
     }
 }
@@ -87,6 +115,11 @@ pub fn aliases(spec: &ModelSpec) -> &'static [AliasRule] {
         "layoutlm" => layoutlm::aliases(spec),
         "llava" => llava::aliases(spec),
         "blip-2" | "instructblip" => blip_2::aliases(spec),
+        "git" => git::aliases(spec),
+        "pix2struct" => pix2struct::aliases(spec),
+        "donut" => donut::aliases(spec),
+        "imagebind" => imagebind::ALIASES,
+        "videomae" => videomae::aliases(spec),
         _ => &[],
     }
 }
@@ -116,6 +149,11 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
             reason: "candle-transformers' model is LLaVA-NeXT, which asks for `image_newline`; use --engine roofbench"
                 .to_owned(),
         }),
+        ("git", Engine::Roofbench) => Ok(Box::new(git::GitModel::load(spec, vb)?)),
+        ("pix2struct", Engine::Roofbench) => pix2struct::Pix2StructModel::session(spec, vb),
+        ("donut", Engine::Roofbench) => donut::DonutModel::session(spec, vb),
+        ("imagebind", Engine::Roofbench) => Ok(Box::new(imagebind::ImageBindModel::load(spec, vb)?)),
+        ("videomae", Engine::Roofbench) => Ok(Box::new(videomae::VideoMaeModel::load(spec, vb)?)),
         (family, Engine::CandleTransformers) if FAMILIES.contains(&family) => Err(SessionError::UnsupportedEngine {
             family: family.to_owned(),
             reason: "candle-transformers is not wrapped for it; use --engine roofbench".to_owned(),
@@ -133,9 +171,15 @@ pub fn processor(family: &str, configs: &BTreeMap<String, Value>) -> Result<Box<
     if !FAMILIES.contains(&family) {
         return Err(unknown_family(family));
     }
+    if family == "imagebind" {
+        // its repository has no such file: what its own loader fixes is the default
+        return Ok(Box::new(ImageBindProcessor::from_config(configs.get("preprocessor_config.json"))?));
+    }
     let config = roofbench_vision::preprocessor_config(configs)?;
     Ok(match family {
         "flava" => Box::new(flava_processor::FlavaProcessor::from_config(config)?),
+        "pix2struct" => Box::new(Pix2StructProcessor::from_config(config)?),
+        "videomae" => Box::new(VideoMaeProcessor::from_config(config)?),
         _ => Box::new(ImageProcessor::from_config(config, family)?),
     })
 }

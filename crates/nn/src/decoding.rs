@@ -228,6 +228,19 @@ impl Decoding {
         attention.forward(q, &k, &v, mask.as_ref())
     }
 
+    /// Keeps the keys and values (batch, seq, kv_heads · head_dim) of this pass in layer `layer` for later ones, where
+    /// nothing else is made of its rows.
+    ///
+    /// # Errors
+    /// As for [`KvCache::append`], and when nothing is kept of that layer.
+    pub fn keep(&mut self, layer: usize, [k, v]: [&Tensor; 2]) -> Result<()> {
+        let layers = self.caches.len();
+        match self.caches.get_mut(layer) {
+            Some(cache) => cache.append(k, v).map(|_| ()),
+            None => bail!("layer {layer} of a cache for {layers}"),
+        }
+    }
+
     /// The existing ones of `keys` keys from position `from` on; made once for all layers that see the same.
     fn padding(&mut self, from: usize, keys: usize) -> Result<Option<Mask>> {
         let Some(exists) = &self.exists else { return Ok(None) };
@@ -306,6 +319,29 @@ mod tests {
                 }
             }
         }
+        Ok(())
+    }
+
+    /// Rows that are kept alone are seen by those of the next pass as if they had attended, and a mask may come after them.
+    #[test]
+    fn what_is_kept_is_seen() -> Result<()> {
+        let cpu = &Device::Cpu;
+        let attention = Attention { heads: 2, kv_heads: 2, head_dim: 2, scale: None, pattern: Pattern::Causal };
+        let [q, k, v] = [rows(0, 2, 6), rows(1, 2, 6), rows(2, 2, 6)];
+        let mask = Tensor::new(&[[1u32, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 1]], cpu)?;
+        let expected = Decoding::once(2, 6, Some(&mask), cpu)?.attend(0, &attention, [&q, &k, &v], None)?;
+        let shape = Shape { batch: 2, positions: 6, width: 4 };
+        let mut steps = Decoding::cached(1, shape, None, DType::F32, cpu)?;
+        let part = |x: &Tensor, at, seq| x.narrow(1, at, seq);
+        steps.advance(2)?;
+        steps.keep(0, [&part(&k, 0, 2)?, &part(&v, 0, 2)?])?;
+        assert!(steps.keep(1, [&part(&k, 0, 2)?, &part(&v, 0, 2)?]).is_err());
+        let mut steps = steps.with_attention_mask(&mask)?;
+        steps.advance(4)?;
+        let y = steps.attend(0, &attention, [&part(&q, 2, 4)?, &part(&k, 2, 4)?, &part(&v, 2, 4)?], None)?;
+        let last = |x: &Tensor, from| x.narrow(1, from, 3);
+        assert!(difference(&last(&y, 1)?, &last(&expected, 3)?) < 1e-6);
+        assert_eq!(steps.position_ids()?.to_vec2::<u32>()?, [[2, 3, 4, 5], [0, 2, 3, 4]]);
         Ok(())
     }
 

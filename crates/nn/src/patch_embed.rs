@@ -5,6 +5,7 @@ use std::mem::MaybeUninit;
 use candle_core::{Result, Tensor, bail};
 use candle_nn::VarBuilder;
 
+use crate::gather::RowIndex;
 use crate::linear::Linear;
 use crate::op;
 
@@ -159,7 +160,8 @@ impl PatchEmbed3d {
         Ok(Self { channels, patch: [frames, height, width], projection })
     }
 
-    /// Patches by time, row and column; frames and pixels at the end that fill no patch are left out.
+    /// Patches by time, row and column; frames and pixels at the end that fill no patch are left out. The video may be a
+    /// view, as of frames whose channels come second.
     ///
     /// # Shapes
     /// (batch, channels, frames, height, width) → (batch, patches, hidden).
@@ -167,6 +169,35 @@ impl PatchEmbed3d {
     /// # Errors
     /// When the number of channels is another or the video is smaller than a patch.
     pub fn forward(&self, video: &Tensor) -> Result<Tensor> {
+        self.projection.forward(&self.patches(video)?)
+    }
+
+    /// The same plus `residual`, as of positions.
+    ///
+    /// # Shapes
+    /// video (batch, channels, frames, height, width), residual (batch, patches, hidden) → (batch, patches, hidden).
+    ///
+    /// # Errors
+    /// As for [`forward`](Self::forward), and when the residual has not the result's shape.
+    pub fn forward_add(&self, video: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        self.projection.forward_add(&self.patches(video)?, residual)
+    }
+
+    /// The same for those of the batch · patches patches that `index` picks; the others are not projected.
+    ///
+    /// # Shapes
+    /// video (batch, channels, frames, height, width), residual (outer, inner, hidden) as the result, the first two those
+    /// of the index.
+    ///
+    /// # Errors
+    /// As for [`forward_add`](Self::forward_add), and when the video has another number of patches than the index was made
+    /// for.
+    pub fn forward_rows_add(&self, video: &Tensor, index: &RowIndex, residual: &Tensor) -> Result<Tensor> {
+        self.projection.forward_rows_add(&self.patches(video)?, index, residual)
+    }
+
+    /// The pixels of each patch side by side: (batch, patches, channels · patch frames · patch height · patch width).
+    fn patches(&self, video: &Tensor) -> Result<Tensor> {
         let (batch, channels, frames, height, width) = video.dims5()?;
         let [pf, ph, pw] = self.patch;
         let (times, rows, columns) = (frames / pf, height / ph, width / pw);
@@ -174,10 +205,33 @@ impl PatchEmbed3d {
             let expected = format!("{} channels and at least {pf} frames of {ph} x {pw} pixels", self.channels);
             bail!("PatchEmbed3d: a video of shape {:?}, expected {expected}", video.dims())
         }
-        let whole = video.narrow(2, 0, times * pf)?.narrow(3, 0, rows * ph)?.narrow(4, 0, columns * pw)?;
-        let cut = whole.reshape(&[batch, channels, times, pf, rows, ph, columns, pw])?;
-        let patches = cut.permute([0, 2, 4, 6, 1, 3, 5, 7])?.contiguous()?;
-        self.projection.forward(&patches.reshape((batch, times * rows * columns, channels * pf * ph * pw))?)
+        let (count, size) = (times * rows * columns, channels * pf * ph * pw);
+        if !op::is_cpu_f32(video) || video.stride()[4] != 1 {
+            let whole = video.narrow(2, 0, times * pf)?.narrow(3, 0, rows * ph)?.narrow(4, 0, columns * pw)?;
+            let cut = whole.reshape(&[batch, channels, times, pf, rows, ph, columns, pw])?;
+            return cut.permute([0, 2, 4, 6, 1, 3, 5, 7])?.contiguous()?.reshape((batch, count, size));
+        }
+        op::apply1("video-patches", video, |storage, layout| {
+            let pixels = storage.as_slice::<f32>()?.get(layout.start_offset()..).unwrap_or_default();
+            let strides = layout.stride();
+            // a part is a line of patches
+            let fill = |begin: usize, part: &mut [MaybeUninit<f32>]| {
+                let line = begin / (columns * size);
+                let (item, time, row) = (line / rows / times, line / rows % times, line % rows);
+                for (column, out) in part.chunks_exact_mut(size).enumerate() {
+                    for (i, out) in out.chunks_exact_mut(pw).enumerate() {
+                        let (channel, frame, y) = (i / ph / pf, time * pf + i / ph % pf, row * ph + i % ph);
+                        let line = [item, channel, frame, y].into_iter().zip(strides).map(|(at, stride)| at * stride);
+                        let begin = line.sum::<usize>() + column * pw;
+                        out.write_copy_of_slice(&pixels[begin..begin + pw]);
+                    }
+                }
+            };
+            #[expect(unsafe_code, reason = "the closure fills what is handed to it")]
+            // SAFETY: a part is whole patches, and each line of each patch is written.
+            let patches = unsafe { op::collect_chunks(batch * count * size, columns * size, fill) };
+            Ok((patches, (batch, count, size).into()))
+        })
     }
 }
 
@@ -245,6 +299,31 @@ mod tests {
         assert_eq!(twice.to_vec3::<f32>()?, (once * 2.0)?.to_vec3::<f32>()?);
         let error = embed.forward(&pixels.narrow(1, 0, 2)?).err().map(|e| e.to_string()).unwrap_or_default();
         assert!(error.contains("[2, 2, 7, 11]") && error.contains("3 channels"), "{error}");
+        Ok(())
+    }
+
+    #[test]
+    fn both_ways_of_cutting_a_video_agree() -> Result<()> {
+        let cpu = &Device::Cpu;
+        let embed = PatchEmbed3d::new(&Tensor::randn(0f32, 0.1, (6, 3, 2, 2, 3), cpu)?, None)?;
+        // frames whose channels come second, one frame repeated, and a whole tensor
+        let frames = Tensor::randn(0f32, 1.0, (2, 5, 3, 7, 8), cpu)?;
+        let repeated = frames.narrow(1, 1, 1)?.broadcast_as((2, 4, 3, 7, 8))?;
+        for video in [frames.transpose(1, 2)?, repeated.transpose(1, 2)?, frames.narrow(1, 0, 3)?.contiguous()?] {
+            let plain = embed.patches(&video.to_dtype(DType::F64)?)?.to_dtype(DType::F32)?;
+            assert_eq!(embed.patches(&video)?.to_vec3::<f32>()?, plain.to_vec3::<f32>()?);
+            let all = embed.forward(&video)?;
+            let twice = embed.forward_add(&video, &all)?;
+            assert_eq!(twice.to_vec3::<f32>()?, (&all * 2.0)?.to_vec3::<f32>()?);
+            let count = all.dim(1)?;
+            let index = RowIndex::new(2 * count, (2, 1), [Some(1), Some(2 * count - 1)])?;
+            let row = |item: usize, patch: usize| all.narrow(0, item, 1)?.narrow(1, patch, 1);
+            let picked = Tensor::cat(&[row(0, 1)?, row(1, count - 1)?], 0)?;
+            let twice = embed.forward_rows_add(&video, &index, &picked)?;
+            let error = (twice - (picked * 2.0)?)?.abs()?.max_all()?.to_scalar::<f32>()?;
+            // sums of 36 products of size 0.1 in another order
+            assert!(error < 1e-5, "{error}");
+        }
         Ok(())
     }
 }

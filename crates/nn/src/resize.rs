@@ -167,14 +167,46 @@ pub fn nearest_add(x: &Tensor, base: &Tensor) -> Result<Tensor> {
 /// assert!((smooth[0] - 0.5868).abs() < 1e-4 && (smooth[1] - 2.4132).abs() < 1e-4);
 /// # Ok::<(), candle_core::Error>(())
 /// ```
-pub fn bicubic_grid(x: &Tensor, (rows, columns): (usize, usize), antialias: bool) -> Result<Tensor> {
+pub fn bicubic_grid(x: &Tensor, size: (usize, usize), antialias: bool) -> Result<Tensor> {
+    grid(x, size, |input, output| grid_taps(input, output, antialias))
+}
+
+/// Bilinear interpolation of a grid of vectors, such as a picture's pixels, whose filter widens where the grid shrinks.
+/// Mirrors `interpolate` with `mode="bilinear"` and `antialias=True`.
+///
+/// # Shapes
+/// (rows, columns, width) → (size.0, size.1, width), f32.
+///
+/// # Errors
+/// When `x` has another number of dimensions, or a size is 0.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use roofbench_nn::resize::bilinear_grid;
+///
+/// let x = Tensor::new(&[[[0f32], [4.], [4.], [8.]]], &Device::Cpu)?;
+/// let halved = bilinear_grid(&x, (1, 2))?.flatten_all()?.to_vec1::<f32>()?;
+/// assert!((halved[0] - 16.0 / 7.0).abs() < 1e-6); // weights of 3, 3 and 1
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn bilinear_grid(x: &Tensor, size: (usize, usize)) -> Result<Tensor> {
+    grid(x, size, |input, output| smooth_taps(input, output, 1.0, |x| (1.0 - x).max(0.0)))
+}
+
+/// Columns, then rows, from `taps(input, output)`.
+fn grid(
+    x: &Tensor,
+    (rows, columns): (usize, usize),
+    taps: impl Fn(usize, usize) -> Vec<Vec<(usize, f32)>>,
+) -> Result<Tensor> {
     let (from_rows, from_columns, width) = x.dims3()?;
     if from_rows * from_columns * rows * columns == 0 {
         bail!("resize: from {from_rows} x {from_columns} to {rows} x {columns}: a size of 0")
     }
-    let (down, across) = (grid_taps(from_rows, rows, antialias), grid_taps(from_columns, columns, antialias));
+    let (down, across) = (taps(from_rows, rows), taps(from_columns, columns));
     // a multiply-add for each neighbour
-    cost::elementwise(bicubic_neighbours((from_rows, from_columns), (rows, columns), antialias) * width, 2);
+    let neighbours = |taps: &[Vec<_>]| taps.iter().map(Vec::len).sum::<usize>();
+    cost::elementwise(neighbours(&down) * neighbours(&across) * width, 2);
     let on_cpu = x.to_dtype(DType::F32)?.to_device(&candle_core::Device::Cpu)?.contiguous()?;
     let y = op::apply1("resize-grid", &on_cpu, |storage, layout| {
         let x = op::elements::<f32>(storage, layout)?;
@@ -212,18 +244,22 @@ fn grid_taps(input: usize, output: usize, antialias: bool) -> Vec<Vec<(usize, f3
         return cubic_taps(input, output, false).iter().map(|taps| taps.to_vec()).collect();
     }
     const A: f32 = -0.5;
-    let kernel = |x: f32| match x.abs() {
+    smooth_taps(input, output, 2.0, |x| match x {
         x if x < 1.0 => ((A + 2.0) * x - (A + 3.0)) * x * x + 1.0,
         x if x < 2.0 => ((A * x - 5.0 * A) * x + 8.0 * A) * x - 4.0 * A,
         _ => 0.0,
-    };
+    })
+}
+
+/// Weights of a filter that reaches `support` each way and is `kernel` of the distance, widened where the grid shrinks.
+fn smooth_taps(input: usize, output: usize, support: f32, kernel: impl Fn(f32) -> f32) -> Vec<Vec<(usize, f32)>> {
     let scale = input as f32 / output as f32;
     let stretch = scale.max(1.0);
     let taps = |i: usize| {
         let centre = scale * (i as f32 + 0.5);
-        let first = (centre - 2.0 * stretch + 0.5).max(0.0) as usize;
-        let end = ((centre + 2.0 * stretch + 0.5) as usize).min(input);
-        let weights = (first..end).map(|j| kernel((j as f32 - centre + 0.5) / stretch));
+        let first = (centre - support * stretch + 0.5).max(0.0) as usize;
+        let end = ((centre + support * stretch + 0.5) as usize).min(input);
+        let weights = (first..end).map(|j| kernel(((j as f32 - centre + 0.5) / stretch).abs()));
         let sum: f32 = weights.clone().sum();
         (first..end).zip(weights.map(|weight| weight / sum)).collect()
     };

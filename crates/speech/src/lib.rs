@@ -50,8 +50,10 @@ use serde_json::Value;
 
 pub mod audio;
 pub mod ctc;
+pub mod fbank;
 pub mod models;
 pub mod preprocess;
+pub mod sinc;
 
 pub use candle_core;
 pub use roofbench_core::classify;

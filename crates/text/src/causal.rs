@@ -272,10 +272,10 @@ pub fn generate_embedded(
 
 /// The sequences with their padding before them, and the mask that says so, where there is any: what follows the last
 /// token of a sequence has to be behind it.
-pub(crate) fn at_the_end(
-    ids: &[Vec<i64>],
-    mask: Option<&Tensor>,
-) -> Result<(Vec<Vec<i64>>, Option<Tensor>), SessionError> {
+///
+/// # Errors
+/// When the mask (batch, seq), of 0 and 1, keeps no token of a sequence.
+pub fn at_the_end(ids: &[Vec<i64>], mask: Option<&Tensor>) -> Result<(Vec<Vec<i64>>, Option<Tensor>), SessionError> {
     let Some(mask) = mask else { return Ok((ids.to_vec(), None)) };
     let mut rows = mask.to_vec2::<i64>()?;
     let mut placed = ids.to_vec();

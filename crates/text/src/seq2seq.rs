@@ -168,6 +168,57 @@ pub fn decoder_prompt(
     Ok(rows)
 }
 
+/// How tokens are chosen, and what the decoder of `batch` sequences begins with: [`decoder_prompt`].
+///
+/// # Errors
+/// As for [`Generation::read`] and [`decoder_prompt`].
+pub fn plan(
+    spec: &ModelSpec,
+    call: &Call,
+    batch: usize,
+    given: Option<&Tensor>,
+) -> Result<(Generation, Vec<Vec<i64>>), SessionError> {
+    let length = given.map_or(Ok(1), |ids| ids.dim(1))?;
+    let generation = Generation::read(spec, call, length, &[])?;
+    let prompt = decoder_prompt(&generation, batch, given)?;
+    match prompt.first().map_or(0, Vec::len) {
+        same if same == length => Ok((generation, prompt)),
+        longer => Ok((Generation::read(spec, call, longer, &[])?, prompt)),
+    }
+}
+
+/// The decoder's tokens of a call, i64 (batch, seq), and which of them exist, where it has them. `batch` is that of the
+/// input named before it.
+///
+/// # Errors
+/// Names the input that has another shape or type, or values that can't be.
+pub fn decoder_inputs(
+    inputs: &Inputs,
+    (of, batch): (&str, usize),
+    vocab_size: usize,
+) -> Result<(Option<Tensor>, Option<Tensor>), SessionError> {
+    let Some(ids) = inputs.optional_matrix("decoder_input_ids")? else {
+        return match inputs.optional_matrix("decoder_attention_mask")? {
+            None => Ok((None, None)),
+            Some(_) => {
+                let reason = "goes with decoder_input_ids, which are missing";
+                Err(SessionError::input("decoder_attention_mask", reason))
+            }
+        };
+    };
+    in_range("decoder_input_ids", &ids, "vocab_size", vocab_size)?;
+    let found = ids.dim(0)?;
+    if found != batch {
+        let reason = format!("holds {found} sequences, {of} hold {batch}");
+        return Err(SessionError::input("decoder_input_ids", reason));
+    }
+    let mask = inputs.matrix_as("decoder_attention_mask", ("decoder_input_ids", &ids))?;
+    if let Some(mask) = &mask {
+        zero_or_one("decoder_attention_mask", mask)?;
+    }
+    Ok((Some(ids), mask))
+}
+
 /// Prefill of a prompt (batch, seq) behind an encoder that costs `encoder`, and the decoding of `new_tokens` tokens,
 /// the first of which the prefill gives. `pass` is the cost of one pass of the decoder.
 pub fn generate_cost(
@@ -202,52 +253,15 @@ impl Request {
             _ => return Err(unsupported_method(call, "forward, generate")),
         };
         let (input_ids, attention_mask) = source(&inputs, vocab_size)?;
-        let (decoder_input_ids, decoder_attention_mask) = decoder_tokens(&inputs, input_ids.dim(0)?, vocab_size)?;
+        let (decoder_input_ids, decoder_attention_mask) =
+            decoder_inputs(&inputs, ("input_ids", input_ids.dim(0)?), vocab_size)?;
         Ok(Self { input_ids, attention_mask, decoder_input_ids, decoder_attention_mask })
     }
 
     /// How tokens are chosen, and what the decoder begins with.
     pub(crate) fn plan(&self, spec: &ModelSpec, call: &Call) -> Result<(Generation, Vec<Vec<i64>>), SessionError> {
-        let given = self.decoder_input_ids.as_ref();
-        let length = given.map_or(Ok(1), |ids| ids.dim(1))?;
-        let generation = Generation::read(spec, call, length, &[])?;
-        let prompt = decoder_prompt(&generation, self.input_ids.dim(0)?, given)?;
-        match prompt.first().map_or(0, Vec::len) {
-            same if same == length => Ok((generation, prompt)),
-            longer => Ok((Generation::read(spec, call, longer, &[])?, prompt)),
-        }
+        plan(spec, call, self.input_ids.dim(0)?, self.decoder_input_ids.as_ref())
     }
-}
-
-/// The tokens (batch, seq) and the mask of a call that gives a decoder any, for so many sequences.
-///
-/// # Errors
-/// Names the argument that does not fit.
-pub fn decoder_tokens(
-    inputs: &Inputs,
-    batch: usize,
-    vocab_size: usize,
-) -> Result<(Option<Tensor>, Option<Tensor>), SessionError> {
-    let Some(ids) = inputs.optional_matrix("decoder_input_ids")? else {
-        return match inputs.optional_matrix("decoder_attention_mask")? {
-            None => Ok((None, None)),
-            Some(_) => {
-                let reason = "goes with decoder_input_ids, which are missing";
-                Err(SessionError::input("decoder_attention_mask", reason))
-            }
-        };
-    };
-    in_range("decoder_input_ids", &ids, "vocab_size", vocab_size)?;
-    let found = ids.dim(0)?;
-    if found != batch {
-        let reason = format!("holds {found} sequences, input_ids hold {batch}");
-        return Err(SessionError::input("decoder_input_ids", reason));
-    }
-    let mask = inputs.matrix_as("decoder_attention_mask", ("decoder_input_ids", &ids))?;
-    if let Some(mask) = &mask {
-        zero_or_one("decoder_attention_mask", mask)?;
-    }
-    Ok((Some(ids), mask))
 }
 
 /// The encoder's tokens (batch, seq) and their mask.

@@ -18,7 +18,11 @@ use serde_json::Value;
 use crate::image_io::{MAX_PIXELS, Transparency, load_rgb};
 use crate::resize::{Filter, resize};
 
+mod donut;
+pub mod pix2struct;
 pub mod sam;
+
+use donut::Page;
 
 /// Defaults of a processor class.
 struct Kind {
@@ -46,6 +50,8 @@ struct Kind {
     divisor: Option<u32>,
     /// The class reads the words of a page unless `apply_ocr` is false.
     ocr: bool,
+    /// The size is that of a page, into which the picture is laid.
+    page: bool,
 }
 
 const HALF: [f64; 3] = [0.5; 3];
@@ -69,10 +75,11 @@ const VIT: Kind = Kind {
     longest_edge: false,
     divisor: None,
     ocr: false,
+    page: false,
 };
 const CLIP: Kind = Kind {
     name: "CLIP",
-    models: &["clip", "llava"],
+    models: &["clip", "llava", "git"],
     size: Size::ShortestEdge(224),
     number_is_square: false,
     resample: Filter::Bicubic,
@@ -85,6 +92,7 @@ const CLIP: Kind = Kind {
     longest_edge: false,
     divisor: None,
     ocr: false,
+    page: false,
 };
 
 /// Every processor that is known. A new one is its difference from one of these.
@@ -122,6 +130,7 @@ const KINDS: &[Kind] = &[
         longest_edge: true,
         ..VIT
     },
+    Kind { name: "Donut", models: &["donut"], size: Size::Exact([2560, 1920]), page: true, ..VIT },
     Kind {
         name: "Vilt",
         models: &["vilt"],
@@ -147,6 +156,15 @@ const KINDS: &[Kind] = &[
         size: Size::Exact([384, 384]),
         number_is_square: true,
         crop: None,
+        ..CLIP
+    },
+    Kind {
+        name: "VideoMAE",
+        models: &["videomae"],
+        resample: Filter::Bilinear,
+        mean: HALF,
+        std: HALF,
+        convert_rgb: false,
         ..CLIP
     },
 ];
@@ -234,6 +252,8 @@ struct Config {
     size_divisor: Option<u32>,
     apply_ocr: Option<bool>,
     data_format: Option<String>,
+    do_thumbnail: Option<bool>,
+    do_align_long_axis: Option<bool>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -324,6 +344,8 @@ pub struct ImageProcessor {
     /// The value of every channel's levels 0 to 255.
     values: [Vec<f32>; 3],
     pad: Option<Pad>,
+    /// The page that pictures are laid into, instead of what `resize`, `crops` and `pad` say.
+    page: Option<Page>,
 }
 
 /// To what the pictures of a batch are padded.
@@ -347,6 +369,15 @@ impl ImageProcessor {
             reason: error.into_inner().to_string(),
         })?;
         let kind = kind(&config, model)?;
+        if let Some(format) = config.data_format.as_deref().filter(|format| *format != "channels_first") {
+            return refuse("data_format", format!("`{format}` is not supported; supported: channels_first"));
+        }
+        let convert = config.do_convert_rgb.unwrap_or(kind.convert_rgb);
+        let transparency = if convert { Transparency::OverWhite } else { Transparency::Dropped };
+        if kind.page {
+            let (values, page) = (values(&config, kind)?, Some(Page::read(&config, kind)?));
+            return Ok(Self { transparency, resize: None, crops: Vec::new(), values, pad: None, page });
+        }
         let pad = match (config.do_pad.or(config.pad_and_return_pixel_mask).unwrap_or(kind.pad), &config.pad_size) {
             (false, _) => None,
             (true, _) if kind.longest_edge => None,
@@ -357,9 +388,6 @@ impl ImageProcessor {
                 _ => return refuse("pad_size", "needs height and width"),
             },
         };
-        if let Some(format) = config.data_format.as_deref().filter(|format| *format != "channels_first") {
-            return refuse("data_format", format!("`{format}` is not supported; supported: channels_first"));
-        }
         if kind.ocr && config.apply_ocr != Some(false) {
             let reason = "true, the default, is not supported: set it to false, and give the words and their boxes";
             return refuse("apply_ocr", reason);
@@ -379,14 +407,7 @@ impl ImageProcessor {
                 (None, None) => return refuse("crop_size", "is missing, but do_center_crop is true"),
             });
         }
-        let convert = config.do_convert_rgb.unwrap_or(kind.convert_rgb);
-        Ok(Self {
-            transparency: if convert { Transparency::OverWhite } else { Transparency::Dropped },
-            resize,
-            crops,
-            values: values(&config, kind)?,
-            pad,
-        })
+        Ok(Self { transparency, resize, crops, values: values(&config, kind)?, pad, page: None })
     }
 
     /// Prepares one picture.
@@ -403,7 +424,7 @@ impl ImageProcessor {
             return Err(refuse(format!("the picture is {height} x {width} pixels, which is empty")));
         }
         let resized = match self.resize {
-            None => None,
+            None => self.page.as_ref().map(|page| page.lay_out(picture)).transpose()?,
             Some((size, filter)) => {
                 let [new_height, new_width] = size.for_picture(height, width);
                 if new_height == 0 || new_width == 0 || new_height.saturating_mul(new_width) > MAX_PIXELS {
@@ -750,7 +771,9 @@ mod tests {
             (json!({"do_pad": true}), "vit", "do_pad"),
             (json!({"data_format": "channels_last"}), "vit", "data_format"),
             (json!({"do_resize": "yes"}), "vit", "do_resize"),
-            (json!({"image_processor_type": "DonutImageProcessor"}), "vit", "image_processor_type"),
+            (json!({"image_processor_type": "GLPNImageProcessor"}), "vit", "image_processor_type"),
+            (json!({"size": {"shortest_edge": 24}}), "donut", "size"),
+            (json!({"do_center_crop": true}), "donut", "do_center_crop"),
             (json!({}), "bert", "image_processor_type"),
         ];
         for (config, model, field) in cases {

@@ -200,7 +200,7 @@ impl LanguageModel {
         };
         let (input_ids, attention_mask) = seq2seq::source(inputs, vocab_size)?;
         let (decoder_input_ids, decoder_attention_mask) =
-            seq2seq::decoder_tokens(inputs, input_ids.dim(0)?, vocab_size)?;
+            seq2seq::decoder_inputs(inputs, ("input_ids", input_ids.dim(0)?), vocab_size)?;
         if let (Self::Decoder(_), Some(_)) = (self, &decoder_input_ids) {
             return Err(SessionError::input("decoder_input_ids", "is for a language model with an encoder alone"));
         }

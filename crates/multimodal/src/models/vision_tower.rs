@@ -208,9 +208,17 @@ impl<'a> Pixels<'a> {
     /// Names the argument that is missing or does not fit the tower.
     pub fn read(cfg: &VisionTowerConfig, inputs: &Inputs<'a>) -> Result<Self, SessionError> {
         let values = inputs.pictures("pixel_values", cfg.num_channels)?;
+        Self::new(cfg, values, inputs.flag("interpolate_pos_encoding")?)
+    }
+
+    /// Pictures (batch, channels, height, width), whose sizes are others than those of the tower where the positions are
+    /// interpolated alone.
+    ///
+    /// # Errors
+    /// Names the argument that does not fit the tower.
+    pub fn new(cfg: &VisionTowerConfig, values: &'a Tensor, interpolate: bool) -> Result<Self, SessionError> {
         let (_, _, height, width) = values.dims4()?;
         let (side, grid) = (cfg.image_size, [height / cfg.patch_size, width / cfg.patch_size]);
-        let interpolate = inputs.flag("interpolate_pos_encoding")?;
         if !interpolate && [height, width] != [side; 2] {
             let reason = format!(
                 "is {height} x {width} pixels, image_size is {side} x {side}; resize the pictures, or set \

@@ -763,7 +763,7 @@ impl EncodecModel {
 
     fn sounds(&self, inputs: &Inputs) -> Result<Sounds, SessionError> {
         let (channels, name) = (self.cfg.audio_channels, "input_values");
-        let values = inputs.floats(name, &[("batch", None), ("channels", Some(channels)), ("samples", None)])?;
+        let values = inputs.floats_of(name, &[("batch", None), ("channels", Some(channels)), ("samples", None)])?;
         let (batch, channels, samples) = values.dims3()?;
         let places = self.cfg.pieces(samples);
         let frames: Vec<usize> = places.iter().map(|(_, length)| self.cfg.frames(*length)).collect();

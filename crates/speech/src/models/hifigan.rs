@@ -263,7 +263,7 @@ impl HifiGan {
         let inputs = Inputs::forward(call, &[name], &[])?;
         let one = inputs.optional(name).is_some_and(|tensor| tensor.rank() == 2);
         let shape = [("batch", None), ("frames", None), ("bins", Some(bins))];
-        let spectra = inputs.floats(name, &shape[usize::from(one)..])?;
+        let spectra = inputs.floats_of(name, &shape[usize::from(one)..])?;
         let batch = if one { spectra.unsqueeze(0)? } else { spectra.clone() };
         let dtype = activation_dtype(self.spec.dtype, &self.spec.device);
         Ok((batch.to_device(&self.spec.device)?.to_dtype(dtype)?, !one))

@@ -679,7 +679,7 @@ impl TextToSpeech {
             return Err(SessionError::input("input_ids", reason));
         }
         let (name, shape) = ("speaker_embeddings", [("batch", None), ("width", Some(self.cfg.speaker_embedding_dim))]);
-        let speakers = match inputs.optional_floats(name, &shape)? {
+        let speakers = match inputs.optional_floats_of(name, &shape)? {
             None => None,
             Some(speakers) => match speakers.dim(0)? {
                 1 => Some(self.floats(&speakers.broadcast_as((batch, self.cfg.speaker_embedding_dim))?.contiguous()?)?),
@@ -791,7 +791,7 @@ impl TextToSpeech {
                 let text = self.text(call, &inputs)?;
                 let batch = text.ids.dim(0)?;
                 let shape = [("batch", Some(batch)), ("steps", None), ("bins", Some(self.cfg.num_mel_bins))];
-                let values = inputs.floats(spectra, &shape)?;
+                let values = inputs.floats_of(spectra, &shape)?;
                 let (_, steps, _) = values.dims3()?;
                 if steps > self.cfg.max_speech_positions {
                     let most = self.cfg.max_speech_positions;

@@ -332,7 +332,7 @@ impl WhisperModel {
     fn features(&self, inputs: &Inputs) -> Result<Tensor, SessionError> {
         let shape = [("batch", None), ("bins", Some(self.cfg.num_mel_bins)), ("frames", Some(self.cfg.frames()))];
         let dtype = activation_dtype(self.spec.dtype, &self.spec.device);
-        Ok(inputs.floats("input_features", &shape)?.to_device(&self.spec.device)?.to_dtype(dtype)?)
+        Ok(inputs.floats_of("input_features", &shape)?.to_device(&self.spec.device)?.to_dtype(dtype)?)
     }
 
     fn read(&self, call: &Call) -> Result<Request, SessionError> {

@@ -108,21 +108,37 @@ impl BartConfig {
     /// Names the field that is malformed, contradicts another, or changes the result in a way that isn't supported.
     pub fn from_spec(spec: &ModelSpec) -> Result<Self, SessionError> {
         let cfg: Self = spec.parse_config()?;
+        cfg.check_decoder()?;
         config::sizes(&[
-            ("vocab_size", cfg.vocab_size),
-            ("d_model", cfg.d_model),
-            ("max_position_embeddings", cfg.max_position_embeddings),
             ("encoder_layers", cfg.encoder_layers),
             ("encoder_attention_heads", cfg.encoder_attention_heads),
             ("encoder_ffn_dim", cfg.encoder_ffn_dim),
-            ("decoder_layers", cfg.decoder_layers),
-            ("decoder_attention_heads", cfg.decoder_attention_heads),
-            ("decoder_ffn_dim", cfg.decoder_ffn_dim),
         ])?;
         config::multiple(("d_model", cfg.d_model), ("encoder_attention_heads", cfg.encoder_attention_heads))?;
-        config::multiple(("d_model", cfg.d_model), ("decoder_attention_heads", cfg.decoder_attention_heads))?;
         config::refuse_unless(spec, "tie_word_embeddings", &[true.into()])?;
         Ok(cfg)
+    }
+
+    /// Reads and checks the config of a decoder of MBart alone, in which the encoder's fields mean nothing.
+    ///
+    /// # Errors
+    /// Names the field that is malformed or contradicts another.
+    pub fn mbart_decoder(spec: &ModelSpec) -> Result<Self, SessionError> {
+        let cfg = Self { pre_norm: true, ..spec.parse_config()? };
+        cfg.check_decoder()?;
+        Ok(cfg)
+    }
+
+    fn check_decoder(&self) -> Result<(), SessionError> {
+        config::sizes(&[
+            ("vocab_size", self.vocab_size),
+            ("d_model", self.d_model),
+            ("max_position_embeddings", self.max_position_embeddings),
+            ("decoder_layers", self.decoder_layers),
+            ("decoder_attention_heads", self.decoder_attention_heads),
+            ("decoder_ffn_dim", self.decoder_ffn_dim),
+        ])?;
+        config::multiple(("d_model", self.d_model), ("decoder_attention_heads", self.decoder_attention_heads))
     }
 
     fn attention(&self, heads: usize, pattern: Pattern) -> Attention {

@@ -157,8 +157,29 @@ impl SelfAttentionHalf {
     /// # Errors
     /// As for [`Decoding::attend`].
     pub fn step(&self, layer: usize, x: &Tensor, decoding: &mut Decoding) -> Result<Tensor> {
+        self.step_as(self.attention.pattern, layer, x, decoding)
+    }
+
+    /// The same in a pass whose rows see each other by `pattern`, as those of pictures before text do.
+    ///
+    /// # Shapes
+    /// As there.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn step_as(&self, pattern: Pattern, layer: usize, x: &Tensor, decoding: &mut Decoding) -> Result<Tensor> {
         let [q, k, v] = self.attention.split(&self.qkv.forward(x)?)?;
-        self.output.forward_add(&decoding.attend(layer, &self.attention, [&q, &k, &v], None)?, x)
+        let attention = Attention { pattern, ..self.attention };
+        self.output.forward_add(&decoding.attend(layer, &attention, [&q, &k, &v], None)?, x)
+    }
+
+    /// Keeps the keys and values of a pass's rows (batch, seq, hidden) for later ones, and makes nothing else of them.
+    ///
+    /// # Errors
+    /// As for [`Decoding::keep`].
+    pub fn keep(&self, layer: usize, x: &Tensor, decoding: &mut Decoding) -> Result<()> {
+        let [_, k, v] = self.attention.split(&self.qkv.forward(x)?)?;
+        decoding.keep(layer, [&k, &v])
     }
 }
 

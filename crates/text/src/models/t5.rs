@@ -85,6 +85,33 @@ pub struct T5Config {
     pub tie_word_embeddings: Option<bool>,
     /// The decoder's states are scaled by d_model^-0.5; as `tie_word_embeddings` says where absent.
     pub scale_decoder_outputs: Option<bool>,
+    /// What the decoder's parts are called in a checkpoint; no field of the file.
+    #[serde(skip)]
+    pub names: Names,
+}
+
+/// What the parts of a decoder are called in a checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Names {
+    /// The layers.
+    pub layers: &'static str,
+    /// Of a layer: self-attention, cross-attention and feed-forward.
+    pub halves: [&'static str; 3],
+    /// The products of the first two.
+    pub attention: [&'static str; 2],
+    /// Query, key, value and output.
+    pub products: [&'static str; 4],
+}
+
+impl Default for Names {
+    fn default() -> Self {
+        Self {
+            layers: "block",
+            halves: ["layer.0", "layer.1", "layer.2"],
+            attention: ["SelfAttention", "EncDecAttention"],
+            products: ["q", "k", "v", "o"],
+        }
+    }
 }
 
 impl Default for T5Config {
@@ -105,6 +132,7 @@ impl Default for T5Config {
             is_gated_act: None,
             tie_word_embeddings: None,
             scale_decoder_outputs: None,
+            names: Names::default(),
         }
     }
 }
@@ -116,6 +144,16 @@ impl T5Config {
     /// Names the field that is malformed or contradicts another.
     pub fn from_spec(spec: &ModelSpec) -> Result<Self, SessionError> {
         let cfg: Self = spec.parse_config()?;
+        cfg.check()?;
+        Ok(cfg)
+    }
+
+    /// Whether the fields fit together; for a config that is made of another family's.
+    ///
+    /// # Errors
+    /// Names the field that does not.
+    pub fn check(&self) -> Result<(), SessionError> {
+        let cfg = self;
         config::sizes(&[
             ("vocab_size", cfg.vocab_size),
             ("d_model", cfg.d_model),
@@ -128,8 +166,7 @@ impl T5Config {
             ("relative_attention_max_distance", cfg.relative_attention_max_distance),
         ])?;
         config::not_negative(&[("layer_norm_epsilon", cfg.layer_norm_epsilon)])?;
-        cfg.act()?;
-        Ok(cfg)
+        cfg.act().map(|_| ())
     }
 
     /// Layers of the decoder.
@@ -188,8 +225,9 @@ impl T5Config {
             max_distance: self.relative_attention_max_distance,
             bidirectional,
         };
-        let vb = vb.pp("block.0.layer.0.SelfAttention.relative_attention_bias");
-        RelativeBias::load(buckets, self.num_heads, vb)
+        let Names { layers, halves, attention, .. } = self.names;
+        let first = vb.pp(layers).pp(0).pp(halves[0]).pp(attention[0]);
+        RelativeBias::load(buckets, self.num_heads, first.pp("relative_attention_bias"))
     }
 }
 
@@ -202,12 +240,13 @@ struct SelfAttention {
 
 impl SelfAttention {
     fn load(cfg: &T5Config, pattern: Pattern, vb: VarBuilder) -> Result<Self> {
-        let (hidden, inner, products) = (cfg.d_model, cfg.inner(), vb.pp("SelfAttention"));
+        let (hidden, inner, products) = (cfg.d_model, cfg.inner(), vb.pp(cfg.names.attention[0]));
+        let [q, k, v, o] = cfg.names.products;
         Ok(Self {
             layer_norm: cfg.norm(&vb, "layer_norm")?,
-            qkv: Linear::load_fused(hidden, &[("q", inner), ("k", inner), ("v", inner)], false, products.clone())?,
+            qkv: Linear::load_fused(hidden, &[(q, inner), (k, inner), (v, inner)], false, products.clone())?,
             attention: cfg.attention(pattern),
-            o: Linear::load(inner, hidden, false, products.pp("o"))?,
+            o: Linear::load(inner, hidden, false, products.pp(o))?,
         })
     }
 
@@ -228,13 +267,14 @@ struct CrossAttention {
 
 impl CrossAttention {
     fn load(cfg: &T5Config, vb: VarBuilder) -> Result<Self> {
-        let (hidden, inner, products) = (cfg.d_model, cfg.inner(), vb.pp("EncDecAttention"));
+        let (hidden, inner, products) = (cfg.d_model, cfg.inner(), vb.pp(cfg.names.attention[1]));
+        let [q, k, v, o] = cfg.names.products;
         Ok(Self {
             layer_norm: cfg.norm(&vb, "layer_norm")?,
-            q: Linear::load(hidden, inner, false, products.pp("q"))?,
-            kv: Linear::load_fused(hidden, &[("k", inner), ("v", inner)], false, products.clone())?,
+            q: Linear::load(hidden, inner, false, products.pp(q))?,
+            kv: Linear::load_fused(hidden, &[(k, inner), (v, inner)], false, products.clone())?,
             attention: cfg.attention(Pattern::Full),
-            o: Linear::load(inner, hidden, false, products.pp("o"))?,
+            o: Linear::load(inner, hidden, false, products.pp(o))?,
         })
     }
 
@@ -341,7 +381,7 @@ pub struct T5Decoder {
 }
 
 impl T5Decoder {
-    /// Reads `block` and `final_layer_norm` of `vb`.
+    /// Reads the layers and `final_layer_norm` of `vb`, by the names of the config.
     ///
     /// # Errors
     /// When a tensor is missing or has another shape.
@@ -352,11 +392,12 @@ impl T5Decoder {
         vb: VarBuilder,
     ) -> Result<Self, SessionError> {
         let block = |i: usize| {
-            let vb = vb.pp("block").pp(i).pp("layer");
+            let [self_attention, cross_attention, feed_forward] =
+                cfg.names.halves.map(|half| vb.pp(cfg.names.layers).pp(i).pp(half));
             Ok(DecoderBlock {
-                self_attention: SelfAttention::load(cfg, Pattern::Causal, vb.pp(0))?,
-                cross_attention: CrossAttention::load(cfg, vb.pp(1))?,
-                feed_forward: FeedForward::load(cfg, vb.pp(2))?,
+                self_attention: SelfAttention::load(cfg, Pattern::Causal, self_attention)?,
+                cross_attention: CrossAttention::load(cfg, cross_attention)?,
+                feed_forward: FeedForward::load(cfg, feed_forward)?,
             })
         };
         Ok(Self {
