@@ -32,6 +32,9 @@ fn an_item_in_a_batch_equals_it_alone() {
     for case in cases(Kind::Model) {
         let call = case.call(&Device::Cpu).unwrap();
         let inputs = call.inputs.clone();
+        if call.method == "generate_speech" {
+            continue; // spectra of one text have no batch, and those of several are as long as the longest
+        }
         let Some(items) = batch(&inputs) else { continue };
         let mut session = session(&case);
         let together = run(&mut *session, &case, &call, inputs.clone());

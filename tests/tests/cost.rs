@@ -11,7 +11,11 @@ fn flops_by_formula_are_those_that_ran() {
     let mut wrong = Vec::new();
     let mut seen = 0;
     for case in cases(Kind::Model) {
-        let call = case.call(&Device::Cpu).unwrap();
+        let mut call = case.call(&Device::Cpu).unwrap();
+        if call.method == "generate_speech" {
+            // the cost is that of the greatest length: no probability ends it before
+            call.arguments.insert("threshold".into(), 1e9.into());
+        }
         let mut session = session(&case);
         let (outputs, recorded) = cost::record(|| session.call(&call, &mut Unobserved));
         let formula = outputs.and_then(|_| session.cost(&call));

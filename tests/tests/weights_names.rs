@@ -21,9 +21,11 @@ fn default_checkpoints_are_read_to_the_last_parameter() {
 }
 
 /// Tensors that the library does not count as parameters: statistics of batch norms, and in DETR the whole of them, which
-/// are frozen there.
+/// are frozen there; EnCodec's codebooks; the statistics of spectra of SpeechT5's vocoder.
 fn is_buffer(family: &str, tensor: &str, shape: &[usize]) -> bool {
     tensor.ends_with(".running_mean")
         || tensor.ends_with(".running_var")
+        || (family == "encodec" && tensor.contains(".codebook."))
+        || (family == "speecht5" && ["mean", "scale"].contains(&tensor))
         || (family == "detr" && tensor.contains(".backbone.") && shape.len() == 1)
 }

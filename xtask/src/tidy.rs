@@ -48,7 +48,7 @@ const EDGES: [(&str, &[&str]); 10] = [
 ];
 
 /// Libraries that belong to some crates alone, so that the others build without them.
-const HOMES: [(&str, &[&str]); 11] = [
+const HOMES: [(&str, &[&str]); 12] = [
     ("nvml-wrapper", &["roofbench-core"]),
     ("sysinfo", &["roofbench-core"]),
     ("hf-hub", &["roofbench-core"]),
@@ -56,6 +56,7 @@ const HOMES: [(&str, &[&str]); 11] = [
     ("tokenizers", &["roofbench-text", "roofbench-speech"]),
     ("image", &["roofbench-vision"]),
     ("symphonia", &["roofbench-speech"]),
+    ("realfft", &["roofbench-speech"]),
     ("rubato", &["roofbench-speech"]),
     ("plotters", &["roofbench-report"]),
     ("clap", &["roofbench-cli", "xtask"]),

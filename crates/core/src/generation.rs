@@ -265,6 +265,21 @@ impl Generation {
         &self,
         prompt: &[Vec<i64>],
         observer: &mut dyn Observer,
+        step: impl FnMut(Option<&[i64]>) -> Result<Tensor, SessionError>,
+    ) -> Result<Tensors, SessionError> {
+        self.run_with(prompt, observer, &|_, _| {}, step)
+    }
+
+    /// The same with a class's own `rule`: it gets the tokens that a sequence has beyond the prompt and, after all other
+    /// rules, the logits of its next one, of which it may change any.
+    ///
+    /// # Errors
+    /// As for [`run`](Self::run).
+    pub fn run_with(
+        &self,
+        prompt: &[Vec<i64>],
+        observer: &mut dyn Observer,
+        rule: &dyn Fn(&[i64], &mut [f32]),
         mut step: impl FnMut(Option<&[i64]>) -> Result<Tensor, SessionError>,
     ) -> Result<Tensors, SessionError> {
         let start = prompt.first().map_or(0, Vec::len);
@@ -288,7 +303,7 @@ impl Generation {
             let chosen: Vec<i64> = (rows.into_iter().enumerate())
                 .map(|(item, row)| match ended[item] {
                     true => Ok(self.pad_token_id),
-                    false => self.choose(item, &sequences[item], start, row),
+                    false => self.choose(item, &sequences[item], start, row, rule),
                 })
                 .collect::<Result<_, _>>()?;
             for (item, token) in chosen.iter().enumerate() {
@@ -312,7 +327,14 @@ impl Generation {
     }
 
     /// The token that follows `sequence`, whose first `start` are the prompt.
-    fn choose(&self, item: usize, sequence: &[i64], start: usize, mut row: Vec<f32>) -> Result<i64, SessionError> {
+    fn choose(
+        &self,
+        item: usize,
+        sequence: &[i64],
+        start: usize,
+        mut row: Vec<f32>,
+        rule: &dyn Fn(&[i64], &mut [f32]),
+    ) -> Result<i64, SessionError> {
         let made = sequence.len() - start;
         if sequence.len() == 1
             && let Some(token) = self.forced_bos_token_id
@@ -349,6 +371,7 @@ impl Generation {
         if made == 0 {
             self.begin_suppress_tokens.iter().copied().for_each(&mut ban);
         }
+        rule(&sequence[start..], &mut row);
         match self.sampling {
             None => Ok(largest(&row) as i64),
             Some(sampling) => Ok(sampling.draw(item, made, &row)? as i64),
@@ -531,6 +554,15 @@ mod tests {
         assert_eq!(run(&first, &[vec![1, 1]], &COUNTING).0, [[1, 1, 3]]);
         assert_eq!(run(&Generation { forced_bos_token_id: Some(2), ..plain(1) }, &[vec![0]], &COUNTING).0, [[0, 2]]);
         assert_eq!(run(&Generation { forced_eos_token_id: Some(3), ..plain(1) }, &[vec![0]], &COUNTING).0, [[0, 3]]);
+    }
+
+    #[test]
+    fn a_class_has_the_last_word() {
+        // no new token comes twice
+        let rule = |made: &[i64], row: &mut [f32]| made.iter().for_each(|id| row[*id as usize] = f32::NEG_INFINITY);
+        let step = |_: Option<&[i64]>| Ok(Tensor::new(&[[9f32, 8., 7., 0.]], &Device::Cpu)?);
+        let outputs = plain(3).run_with(&[vec![0]], &mut Unobserved, &rule, step).unwrap();
+        assert_eq!(outputs["sequences"].to_vec2::<i64>().unwrap(), [[0, 0, 1, 2]]);
     }
 
     #[test]

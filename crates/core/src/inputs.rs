@@ -36,6 +36,11 @@ impl<'a> Inputs<'a> {
         Ok(Self { call })
     }
 
+    /// An input as it is, or `None` when the call leaves it out.
+    pub fn optional(&self, name: &str) -> Option<&'a Tensor> {
+        self.call.inputs.get(name)
+    }
+
     fn required(&self, name: &str) -> Result<&'a Tensor, SessionError> {
         self.call.inputs.get(name).ok_or_else(|| SessionError::input(name, "is missing"))
     }
@@ -164,6 +169,36 @@ impl<'a> Inputs<'a> {
     /// They are empty or of another type.
     pub fn optional_floats(&self, name: &str) -> Result<Option<&'a Tensor>, SessionError> {
         if self.call.inputs.contains_key(name) { self.floats(name).map(Some) } else { Ok(None) }
+    }
+
+    /// Floats of the dimensions `shape`, each a name and, where it is fixed, a size; none of them is 0.
+    ///
+    /// # Errors
+    /// They are missing, or have another shape or type.
+    pub fn floats_of(&self, name: &str, shape: &[(&str, Option<usize>)]) -> Result<&'a Tensor, SessionError> {
+        let tensor = self.floats(name)?;
+        let fits = |(found, (_, fixed)): (&usize, &(&str, Option<usize>))| fixed.is_none_or(|size| *found == size);
+        if tensor.rank() == shape.len() && tensor.dims().iter().zip(shape).all(fits) {
+            return Ok(tensor);
+        }
+        let dimension = |(name, fixed): &(&str, Option<usize>)| match fixed {
+            Some(size) => format!("{name} = {size}"),
+            None => (*name).to_owned(),
+        };
+        let expected = shape.iter().map(dimension).collect::<Vec<_>>().join(", ");
+        Err(SessionError::input(name, format!("has shape {:?}, expected ({expected})", tensor.dims())))
+    }
+
+    /// The same, or `None` when the call leaves them out.
+    ///
+    /// # Errors
+    /// Another shape or type.
+    pub fn optional_floats_of(
+        &self,
+        name: &str,
+        shape: &[(&str, Option<usize>)],
+    ) -> Result<Option<&'a Tensor>, SessionError> {
+        if self.call.inputs.contains_key(name) { self.floats_of(name, shape).map(Some) } else { Ok(None) }
     }
 
     /// A plain argument that is true or false; false when the call leaves it out.
@@ -350,6 +385,17 @@ mod tests {
         assert_eq!(read(&[2, 1, 5], DType::F32), "");
         assert_eq!(read(&[2, 0, 5], DType::F32), "input `video`: has shape [2, 0, 5], which is empty");
         assert_eq!(read(&[2], DType::U8), "input `video`: has type U8, expected floats");
+    }
+
+    #[test]
+    fn dimensions_of_floats_are_named() {
+        let call = call("x", Tensor::zeros((2, 3), DType::F32, &Device::Cpu).unwrap());
+        let inputs = Inputs::of_any_method(&call, &["x"]).unwrap();
+        assert_eq!(inputs.floats_of("x", &[("batch", None), ("bins", Some(3))]).unwrap().dims(), [2, 3]);
+        let error = message(inputs.floats_of("x", &[("batch", None), ("bins", Some(4))]));
+        assert_eq!(error, "input `x`: has shape [2, 3], expected (batch, bins = 4)");
+        assert!(message(inputs.floats_of("x", &[("batch", None)])).contains("expected (batch)"));
+        assert!(inputs.optional_floats_of("y", &[("batch", None)]).unwrap().is_none());
     }
 
     #[test]

@@ -41,10 +41,36 @@ pub enum Activation {
     Tanh,
     /// 1 / (1 + e^-x).
     Sigmoid,
+    /// x above 0, e^x - 1 below (arXiv:1511.07289).
+    Elu,
+    /// x above 0, a part of it below.
+    LeakyRelu(Slope),
+}
+
+/// How much of a negative value [`Activation::LeakyRelu`] leaves.
+///
+/// ```
+/// use roofbench_nn::activation::Slope;
+///
+/// assert_eq!(Slope::new(0.1).get(), 0.1);
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Slope(u32);
+
+impl Slope {
+    /// From the factor.
+    pub const fn new(slope: f32) -> Self {
+        Self(slope.to_bits())
+    }
+
+    /// The factor.
+    pub const fn get(self) -> f32 {
+        f32::from_bits(self.0)
+    }
 }
 
 /// Every name, as in `transformers.activations.ACT2FN`.
-const NAMES: [(&str, Activation); 14] = [
+const NAMES: [(&str, Activation); 15] = [
     ("gelu", Activation::Gelu),
     ("gelu_python", Activation::Gelu),
     ("gelu_new", Activation::GeluTanh),
@@ -57,6 +83,7 @@ const NAMES: [(&str, Activation); 14] = [
     ("swish", Activation::Silu),
     ("tanh", Activation::Tanh),
     ("sigmoid", Activation::Sigmoid),
+    ("leaky_relu", Activation::LeakyRelu(Slope::new(0.01))),
     ("linear", Activation::Identity),
     ("identity", Activation::Identity),
 ];
@@ -121,6 +148,8 @@ impl Activation {
             Self::Silu => x.silu(),
             Self::Tanh => x.tanh(),
             Self::Sigmoid => candle_nn::ops::sigmoid(x),
+            Self::Elu => x.elu(1.0),
+            Self::LeakyRelu(slope) => x.relu()? - (x.neg()?.relu()? * f64::from(slope.get()))?,
         }
     }
 }
@@ -190,7 +219,7 @@ mod tests {
     #[test]
     fn agrees_with_candle() -> Result<()> {
         let x = Tensor::randn(0f32, 3.0, (3, 5, 1777), &Device::Cpu)?;
-        for (name, act) in NAMES {
+        for (name, act) in NAMES.into_iter().chain([("elu", Activation::Elu)]) {
             for x in [&x, &x.transpose(0, 2)?, &x.narrow(1, 1, 3)?] {
                 let difference = (act.forward(x)? - act.forward_plain(x)?)?.abs()?.flatten_all()?.max(0)?;
                 // candle's tanh forms lose a few digits to cancellation

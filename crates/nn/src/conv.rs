@@ -9,10 +9,13 @@ use std::sync::Arc;
 
 use candle_core::{CpuStorage, DType, Layout, Result, Shape, Storage, Tensor, bail};
 use candle_nn::VarBuilder;
+use serde::Deserialize;
 
 use crate::activation::Activation;
 use crate::cost;
+use crate::gather::{RowIndex, gather};
 use crate::kernels::KernelError;
+use crate::kernels::activation::activate;
 use crate::kernels::conv::{After, Geometry, PackedConv, PackedConvTranspose, TransposedGeometry};
 use crate::kernels::matmul::Weights;
 use crate::{memory, op, options};
@@ -632,6 +635,92 @@ impl Conv1d {
     }
 }
 
+/// What stands where a window reaches over an end of a sequence. Mirrors the modes of `torch.nn.functional.pad`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Edge {
+    /// Zeros.
+    Constant,
+    /// The sequence backwards, without the step at the end; zeros are put behind one that is too short for that.
+    Reflect,
+    /// The step at the end.
+    Replicate,
+}
+
+impl Edge {
+    /// Which of `length` steps stands `at` (`i64` from the first); `None` for zeros.
+    fn step(self, at: i64, length: usize, (before, after): (usize, usize)) -> Option<usize> {
+        let last = length as i64 - 1;
+        let within = |at: i64| usize::try_from(at).ok().filter(|at| *at < length);
+        match self {
+            Self::Constant => within(at),
+            Self::Replicate => within(at.clamp(0, last)),
+            Self::Reflect => {
+                let last = last.max(before.max(after) as i64);
+                within(last - (last - at.abs()).abs())
+            }
+        }
+    }
+}
+
+/// A sequence with more steps before and after, all of them activated: what a convolution takes that pads with anything
+/// but zeros.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use roofbench_nn::activation::Activation;
+/// use roofbench_nn::conv::{Edge, pad};
+///
+/// let x = Tensor::new(&[[[1f32], [-2.], [3.]]], &Device::Cpu)?; // (batch, length, channels)
+/// let y = pad(&x, Edge::Reflect, (2, 1), Activation::Relu)?;
+/// assert_eq!(y.flatten_all()?.to_vec1::<f32>()?, [3., 0., 1., 0., 3., 0.]);
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+///
+/// # Shapes
+/// (batch, length, channels) → (batch, before + length + after, channels).
+///
+/// # Errors
+/// When `x` has another number of dimensions or no steps.
+pub fn pad(x: &Tensor, edge: Edge, (before, after): (usize, usize), activation: Activation) -> Result<Tensor> {
+    let (batch, length, channels) = x.dims3()?;
+    if length * channels == 0 {
+        bail!("a sequence of shape {:?} has nothing that could be padded", x.dims())
+    }
+    let padded = before + length + after;
+    let step = |at: usize| edge.step(at as i64 - before as i64, length, (before, after));
+    if !op::is_cpu_f32(x) {
+        let rows = (0..batch).flat_map(|item| (0..padded).map(move |at| (item, at)));
+        let rows = rows.map(|(item, at)| step(at).map(|step| item * length + step));
+        let index = RowIndex::new(batch * length, (batch, padded), rows)?;
+        return gather(&activation.forward(x)?, &index);
+    }
+    activation.note_cost(x.elem_count());
+    op::apply1("pad", &x.contiguous()?, |storage, layout| {
+        let x = op::elements::<f32>(storage, layout)?;
+        let fill = |begin: usize, part: &mut [MaybeUninit<f32>]| {
+            let (mut at, mut rest) = (begin / channels, part);
+            while !rest.is_empty() {
+                let (item, place) = (at / padded, at % padded);
+                // what lies within the sequence goes at once
+                let steps = if (before..before + length).contains(&place) { before + length - place } else { 1 };
+                let count = steps.min(rest.len() / channels);
+                let (now, later) = std::mem::take(&mut rest).split_at_mut(count * channels);
+                match step(place) {
+                    Some(step) => activate(activation, &x[(item * length + step) * channels..][..now.len()], now),
+                    None => now.fill(MaybeUninit::new(0.0)),
+                }
+                (at, rest) = (at + count, later);
+            }
+        };
+        let chunk = channels * CHUNK.div_ceil(channels);
+        #[expect(unsafe_code, reason = "the closure fills what is handed to it")]
+        // SAFETY: the parts are whole steps, and each is written.
+        let y = unsafe { op::collect_chunks(batch * padded * channels, chunk, fill) };
+        Ok((y, (batch, padded, channels).into()))
+    })
+}
+
 /// How a transposed convolution spreads an image. Pairs are (height, width).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ConvTranspose2dConfig {
@@ -1073,6 +1162,25 @@ mod tests {
         let wide = Conv2d::new(&weight.to_dtype(DType::F32).unwrap(), None, Conv2dConfig::new(3)).unwrap();
         assert_close(&conv.forward(&x).unwrap(), &wide.forward(&x).unwrap());
         assert_eq!(2 * conv.weight_bytes(), wide.weight_bytes());
+    }
+
+    #[test]
+    fn padded_ends() -> Result<()> {
+        let row = |steps: &[f32]| Tensor::new(steps, &Device::Cpu)?.reshape((1, steps.len(), 1));
+        let padded = |steps: &[f32], edge, ends| {
+            pad(&row(steps)?, edge, ends, Activation::Identity)?.flatten_all()?.to_vec1::<f32>()
+        };
+        assert_eq!(padded(&[1., 2., 3.], Edge::Reflect, (2, 1))?, [3., 2., 1., 2., 3., 2.]);
+        assert_eq!(padded(&[1., 2., 3.], Edge::Replicate, (1, 2))?, [1., 1., 2., 3., 3., 3.]);
+        assert_eq!(padded(&[1., 2.], Edge::Constant, (1, 0))?, [0., 1., 2.]);
+        // as from torch with two zeros behind, which the reflection shows: 1 2 0 0
+        assert_eq!(padded(&[1., 2.], Edge::Reflect, (3, 0))?, [0., 0., 2., 1., 2.]);
+        let x = Tensor::randn(0f32, 1.0, (3, 4000, 5), &Device::Cpu)?;
+        let wide = pad(&x.to_dtype(DType::F64)?, Edge::Reflect, (6, 3), Activation::Elu)?.to_dtype(DType::F32)?;
+        let difference = (pad(&x, Edge::Reflect, (6, 3), Activation::Elu)? - wide)?.abs()?.max_all()?;
+        assert!(difference.to_scalar::<f32>()? < 1e-6);
+        assert!(pad(&x.narrow(1, 0, 0)?, Edge::Reflect, (1, 1), Activation::Elu).is_err());
+        Ok(())
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! This crate deliberately does not know how a measurement is made, where a report goes, or any picture: it reads audio
 //! files ([`audio`]), prepares them as a checkpoint's own config says ([`preprocess`]), builds the model that config.json
-//! describes, puts it behind [`Session`], and reads the text of its answer ([`ctc`]).
+//! describes, puts it behind [`Session`], and reads the text of a CTC head's answer ([`ctc`]).
 //!
 //! A wav2vec 2.0 of a few thousand weights, made up from a seed, listens to a tone:
 //!
@@ -68,11 +68,11 @@ pub use roofbench_core::{hardware, optimize};
 pub use roofbench_nn::options;
 pub use serde_json;
 
-use models::{hubert, unispeech, wav2vec2, wavlm};
+use models::{encodec, hubert, speecht5, unispeech, wav2vec2, wavlm, whisper};
 use roofbench_core::config;
 
 /// The families of the catalog that this crate runs.
-pub const FAMILIES: &[&str] = &["wav2vec2", "hubert", "wavlm", "unispeech"];
+pub const FAMILIES: &[&str] = &["wav2vec2", "hubert", "wavlm", "unispeech", "encodec", "whisper", "speecht5"];
 
 /// The `transformers` classes of `family` that run; none for a family that is not one of [`FAMILIES`].
 pub fn classes(family: &str) -> &'static [&'static str] {
@@ -81,6 +81,9 @@ pub fn classes(family: &str) -> &'static [&'static str] {
         "hubert" => hubert::CLASSES,
         "wavlm" => wavlm::CLASSES,
         "unispeech" => unispeech::CLASSES,
+        "encodec" => encodec::CLASSES,
+        "whisper" => whisper::CLASSES,
+        "speecht5" => speecht5::CLASSES,
         _ => &[],
     }
 }
@@ -102,6 +105,9 @@ pub fn aliases(spec: &ModelSpec) -> &'static [AliasRule] {
         "hubert" => hubert::aliases(spec),
         "wavlm" => wavlm::aliases(spec),
         "unispeech" => unispeech::aliases(spec),
+        "encodec" => encodec::ALIASES,
+        "whisper" => whisper::ALIASES,
+        "speecht5" => speecht5::aliases(spec),
         _ => &[],
     }
 }
@@ -120,6 +126,14 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
         ("hubert", Engine::Roofbench) => Ok(Box::new(hubert::load(spec, vb)?)),
         ("wavlm", Engine::Roofbench) => Ok(Box::new(wavlm::load(spec, vb)?)),
         ("unispeech", Engine::Roofbench) => Ok(Box::new(unispeech::load(spec, vb)?)),
+        ("whisper", Engine::Roofbench) => Ok(Box::new(whisper::WhisperModel::load(spec, vb)?)),
+        ("speecht5", Engine::Roofbench) => speecht5::load(spec, vb),
+        ("encodec", Engine::Roofbench) => Ok(Box::new(encodec::EncodecModel::load(spec, vb)?)),
+        (family @ ("encodec" | "whisper"), Engine::CandleTransformers) => Err(SessionError::UnsupportedEngine {
+            family: family.to_owned(),
+            reason: "the model of candle-transformers has other calls than the class; use --engine roofbench"
+                .to_owned(),
+        }),
         (family, Engine::CandleTransformers) if FAMILIES.contains(&family) => Err(SessionError::UnsupportedEngine {
             family: family.to_owned(),
             reason: "candle-transformers has no model of it; use --engine roofbench".to_owned(),
@@ -141,7 +155,12 @@ pub fn processor(family: &str, configs: &BTreeMap<String, Value>) -> Result<Box<
         let reason = "the file is missing; the repository of a checkpoint has it beside config.json".to_owned();
         return Err(SessionError::Preprocessor { field: ".".to_owned(), reason });
     };
-    Ok(Box::new(preprocess::WaveformProcessor::from_config(config)?))
+    Ok(match family {
+        "encodec" => Box::new(preprocess::EncodecProcessor::from_config(config)?),
+        "whisper" => Box::new(preprocess::WhisperProcessor::from_config(config)?),
+        "speecht5" => Box::new(preprocess::SpeechT5Processor::from_config(config)?),
+        _ => Box::new(preprocess::WaveformProcessor::from_config(config)?),
+    })
 }
 
 fn unknown_family(family: &str) -> SessionError {

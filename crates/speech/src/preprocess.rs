@@ -1,8 +1,17 @@
-//! From audio to the `input_values` of a model, as `transformers.Wav2Vec2FeatureExtractor` makes them by
-//! `preprocessor_config.json`.
+//! From audio to the inputs of a model by `preprocessor_config.json`: as `transformers.Wav2Vec2FeatureExtractor` makes
+//! them, and below those of other families.
+
+mod encodec;
+mod log_mel;
+mod speecht5;
+mod whisper;
+
+pub use encodec::EncodecProcessor;
+pub use speecht5::SpeechT5Processor;
+pub use whisper::WhisperProcessor;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use candle_core::{Device, Tensor};
 use roofbench_core::session::{Arguments, Processor, SessionError, Tensors};
@@ -31,7 +40,6 @@ pub struct WaveformProcessor {
     pub return_attention_mask: bool,
     feature_size: usize,
     padding_side: String,
-    feature_extractor_type: String,
 }
 
 impl Default for WaveformProcessor {
@@ -43,7 +51,6 @@ impl Default for WaveformProcessor {
             return_attention_mask: false,
             feature_size: 1,
             padding_side: "right".to_owned(),
-            feature_extractor_type: "Wav2Vec2FeatureExtractor".to_owned(),
         }
     }
 }
@@ -72,104 +79,24 @@ pub struct Options {
     pub attention_mask: bool,
 }
 
-impl WaveformProcessor {
-    /// Reads `preprocessor_config.json`.
-    ///
-    /// # Errors
-    /// Names the field that is malformed or not supported.
-    pub fn from_config(config: &Value) -> Result<Self, SessionError> {
-        let refuse = |field: &str, reason: String| SessionError::Preprocessor { field: field.to_owned(), reason };
-        let read: Self = serde_path_to_error::deserialize(config)
-            .map_err(|error| refuse(&error.path().to_string(), error.inner().to_string()))?;
-        if read.feature_extractor_type != "Wav2Vec2FeatureExtractor" {
-            let reason = format!("{} is not supported; Wav2Vec2FeatureExtractor is", read.feature_extractor_type);
-            return Err(refuse("feature_extractor_type", reason));
-        }
-        if read.feature_size != 1 {
-            return Err(refuse("feature_size", format!("{} is not supported; 1 is", read.feature_size)));
-        }
-        if read.padding_side != "right" {
-            return Err(refuse("padding_side", format!("{} is not supported; right is", read.padding_side)));
-        }
-        if read.sampling_rate == 0 {
-            return Err(refuse("sampling_rate", "is 0".to_owned()));
-        }
-        Ok(read)
-    }
+/// What holds where a call says nothing.
+#[derive(Debug, Clone, Copy)]
+struct Defaults {
+    sampling_rate: u32,
+    padding: Padding,
+    max_length: Option<usize>,
+    truncation: bool,
+    attention_mask: bool,
+}
 
-    /// Reads, mixes and resamples audio files.
-    ///
-    /// # Errors
-    /// Names the file that can't be read.
-    pub fn read(&self, files: &[PathBuf]) -> Result<Vec<Vec<f32>>, SessionError> {
-        let read = |path: &PathBuf| Ok(Sound::read(Path::new(path))?.resampled(self.sampling_rate)?.mono());
-        files.iter().map(read).collect()
-    }
-
-    /// `input_values` (batch, samples) in f32 and, where asked for, `attention_mask` (batch, samples) in i32.
-    ///
-    /// # Errors
-    /// [`SessionError::Input`] when there is no sound, or lengths differ and are not to be padded.
-    pub fn prepare(&self, mut sounds: Vec<Vec<f32>>, options: &Options) -> Result<Tensors, SessionError> {
-        let refuse = |name: &str, reason: String| SessionError::input(name, reason);
-        let rounded = |length: usize| options.multiple_of.map_or(length, |multiple| length.next_multiple_of(multiple));
-        if let Some(cut) = options.cut.map(rounded) {
-            sounds.iter_mut().for_each(|sound| sound.truncate(cut));
-        }
-        let longest = sounds.iter().map(Vec::len).max().unwrap_or_default();
-        if sounds.iter().any(Vec::is_empty) || longest == 0 {
-            return Err(refuse("raw_speech", "a sound without samples, or none at all".to_owned()));
-        }
-        let length = match options.padding {
-            Padding::None => longest,
-            Padding::Longest => rounded(longest),
-            Padding::To(length) => rounded(length),
-        };
-        let batch = sounds.len();
-        let lengths: Vec<usize> = sounds.iter().map(Vec::len).collect();
-        if let Some(other) = lengths.iter().find(|found| match options.padding {
-            Padding::None => **found != length,
-            _ => **found > length,
-        }) {
-            let way_out = "set padding to true, or truncation with max_length";
-            return Err(refuse("padding", format!("sounds of {other} and {length} samples make no batch; {way_out}")));
-        }
-        if batch.checked_mul(length).is_none_or(|samples| samples > LARGEST) {
-            return Err(refuse("max_length", format!("{batch} sounds of {length} samples are too many")));
-        }
-        // without a mask, and where nothing is padded, the class takes a sound with all that follows it
-        let counted = options.attention_mask && options.padding != Padding::None;
-        let mut values = Vec::with_capacity(batch * length);
-        for mut sound in sounds {
-            if counted && self.do_normalize {
-                normalise(&mut sound);
-            }
-            sound.resize(length, self.padding_value);
-            if !counted && self.do_normalize {
-                normalise(&mut sound);
-            }
-            values.append(&mut sound);
-        }
-        let cpu = &Device::Cpu;
-        let mut tensors = Tensors::from([("input_values".into(), Tensor::from_vec(values, (batch, length), cpu)?)]);
-        if options.attention_mask {
-            let mask = lengths.iter().flat_map(|&found| (0..length).map(move |i| i32::from(i < found))).collect();
-            tensors.insert("attention_mask".into(), Tensor::from_vec(mask, (batch, length), cpu)?);
-        }
-        Ok(tensors)
-    }
-
-    fn options(&self, arguments: &Arguments) -> Result<Options, SessionError> {
+impl Options {
+    /// From the plain arguments of a call.
+    fn read(arguments: &Arguments, defaults: &Defaults) -> Result<Self, SessionError> {
         let refuse = |name: &str, value: &Value, expected: &str| {
             Err(SessionError::input(name, format!("is {value}, expected {expected}")))
         };
-        let mut options = Options {
-            padding: Padding::None,
-            cut: None,
-            multiple_of: None,
-            attention_mask: self.return_attention_mask,
-        };
-        let (mut max_length, mut truncation) = (None, false);
+        let Defaults { sampling_rate, padding, mut max_length, mut truncation, attention_mask } = *defaults;
+        let mut options = Self { padding, cut: None, multiple_of: None, attention_mask };
         for (name, value) in arguments.iter().filter(|(_, value)| !value.is_null()) {
             let size = || match value.as_u64().map(usize::try_from) {
                 Some(Ok(size)) if size > 0 => Ok(Some(size)),
@@ -177,15 +104,15 @@ impl WaveformProcessor {
             };
             let flag = || value.as_bool().map_or_else(|| refuse(name, value, "true or false").map(|()| false), Ok);
             match (name.as_str(), value) {
-                ("sampling_rate", rate) if rate.as_u64() == Some(self.sampling_rate.into()) => {}
+                ("sampling_rate", rate) if rate.as_u64() == Some(sampling_rate.into()) => {}
                 ("sampling_rate", rate) => {
-                    return refuse(name, rate, &format!("{}, which the model was trained on", self.sampling_rate))
+                    return refuse(name, rate, &format!("{sampling_rate}, which the model was trained on"))
                         .map(|()| options);
                 }
-                ("padding", Value::Bool(false)) => {}
+                ("padding", Value::Bool(false)) => options.padding = Padding::None,
                 ("padding", Value::Bool(true)) => options.padding = Padding::Longest,
                 ("padding", Value::String(way)) => match way.as_str() {
-                    "do_not_pad" => {}
+                    "do_not_pad" => options.padding = Padding::None,
                     "longest" => options.padding = Padding::Longest,
                     "max_length" => options.padding = Padding::To(0),
                     _ => return refuse(name, value, "longest, max_length or do_not_pad").map(|()| options),
@@ -210,6 +137,158 @@ impl WaveformProcessor {
         options.cut = max_length.filter(|_| truncation);
         Ok(options)
     }
+
+    fn rounded(&self, length: usize) -> usize {
+        self.multiple_of.map_or(length, |multiple| length.next_multiple_of(multiple))
+    }
+
+    /// The length after which a sound is cut off.
+    fn most(&self) -> Option<usize> {
+        self.cut.map(|cut| self.rounded(cut))
+    }
+
+    /// The one length that sounds of `lengths` come to, counted in `unit`.
+    fn length(&self, lengths: &[usize], unit: &str) -> Result<usize, SessionError> {
+        let longest = lengths.iter().copied().max().unwrap_or_default();
+        if lengths.contains(&0) || longest == 0 {
+            return Err(SessionError::input("raw_speech", format!("a sound without {unit}, or none at all")));
+        }
+        let length = match self.padding {
+            Padding::None => longest,
+            Padding::Longest => self.rounded(longest),
+            Padding::To(length) => self.rounded(length),
+        };
+        if let Some(other) = lengths.iter().find(|found| match self.padding {
+            Padding::None => **found != length,
+            _ => **found > length,
+        }) {
+            let way_out = "set padding to true, or truncation with max_length";
+            let reason = format!("sounds of {other} and {length} {unit} make no batch; {way_out}");
+            return Err(SessionError::input("padding", reason));
+        }
+        if lengths.len().checked_mul(length).is_none_or(|all| all > LARGEST) {
+            let reason = format!("{} sounds of {length} {unit} are too many", lengths.len());
+            return Err(SessionError::input("max_length", reason));
+        }
+        Ok(length)
+    }
+}
+
+/// 1 where a sound of `lengths` has something: (batch, length) in i32.
+fn mask(lengths: &[usize], length: usize) -> Result<Tensor, SessionError> {
+    let rows = lengths.iter().flat_map(|&found| (0..length).map(move |i| i32::from(i < found))).collect();
+    Ok(Tensor::from_vec(rows, (lengths.len(), length), &Device::Cpu)?)
+}
+
+/// A field of preprocessor_config.json that is refused.
+fn refuse(field: &str, reason: String) -> SessionError {
+    SessionError::Preprocessor { field: field.to_owned(), reason }
+}
+
+/// Reads `preprocessor_config.json`, which is to be that of `class`.
+fn read_config<T: serde::de::DeserializeOwned>(config: &Value, class: &str) -> Result<T, SessionError> {
+    match config.get("feature_extractor_type") {
+        Some(other) if other != class => {
+            Err(refuse("feature_extractor_type", format!("{other} is not supported; {class} is")))
+        }
+        _ => serde_path_to_error::deserialize(config)
+            .map_err(|error| refuse(&error.path().to_string(), error.inner().to_string())),
+    }
+}
+
+/// Sounds of files, mixed and resampled.
+fn read_mono(files: &[PathBuf], rate: u32) -> Result<Vec<Vec<f32>>, SessionError> {
+    files.iter().map(|path| Ok(Sound::read(path)?.resampled(rate)?.mono())).collect()
+}
+
+/// The files of the argument `name`, the only one that a processor takes for `preprocess`.
+fn files_of<'a>(
+    method: &str,
+    files: &'a BTreeMap<String, Vec<PathBuf>>,
+    name: &str,
+) -> Result<&'a [PathBuf], SessionError> {
+    preprocess_only(method)?;
+    if let Some(other) = files.keys().find(|found| *found != name) {
+        return Err(SessionError::input(other, format!("is not supported; supported: {name}")));
+    }
+    files.get(name).map(Vec::as_slice).ok_or_else(|| SessionError::input(name, "is missing"))
+}
+
+fn preprocess_only(method: &str) -> Result<(), SessionError> {
+    match method {
+        "preprocess" => Ok(()),
+        _ => Err(SessionError::input("method", format!("`{method}` is not supported; supported: preprocess"))),
+    }
+}
+
+impl WaveformProcessor {
+    /// Reads `preprocessor_config.json`.
+    ///
+    /// # Errors
+    /// Names the field that is malformed or not supported.
+    pub fn from_config(config: &Value) -> Result<Self, SessionError> {
+        let read: Self = read_config(config, "Wav2Vec2FeatureExtractor")?;
+        if read.feature_size != 1 {
+            return Err(refuse("feature_size", format!("{} is not supported; 1 is", read.feature_size)));
+        }
+        if read.padding_side != "right" {
+            return Err(refuse("padding_side", format!("{} is not supported; right is", read.padding_side)));
+        }
+        if read.sampling_rate == 0 {
+            return Err(refuse("sampling_rate", "is 0".to_owned()));
+        }
+        Ok(read)
+    }
+
+    /// Reads, mixes and resamples audio files.
+    ///
+    /// # Errors
+    /// Names the file that can't be read.
+    pub fn read(&self, files: &[PathBuf]) -> Result<Vec<Vec<f32>>, SessionError> {
+        read_mono(files, self.sampling_rate)
+    }
+
+    /// `input_values` (batch, samples) in f32 and, where asked for, `attention_mask` (batch, samples) in i32.
+    ///
+    /// # Errors
+    /// [`SessionError::Input`] when there is no sound, or lengths differ and are not to be padded.
+    pub fn prepare(&self, mut sounds: Vec<Vec<f32>>, options: &Options) -> Result<Tensors, SessionError> {
+        if let Some(most) = options.most() {
+            sounds.iter_mut().for_each(|sound| sound.truncate(most));
+        }
+        let lengths: Vec<usize> = sounds.iter().map(Vec::len).collect();
+        let (batch, length) = (sounds.len(), options.length(&lengths, "samples")?);
+        // without a mask, and where nothing is padded, the class takes a sound with all that follows it
+        let counted = options.attention_mask && options.padding != Padding::None;
+        let mut values = Vec::with_capacity(batch * length);
+        for mut sound in sounds {
+            if counted && self.do_normalize {
+                normalise(&mut sound);
+            }
+            sound.resize(length, self.padding_value);
+            if !counted && self.do_normalize {
+                normalise(&mut sound);
+            }
+            values.append(&mut sound);
+        }
+        let values = Tensor::from_vec(values, (batch, length), &Device::Cpu)?;
+        let mut tensors = Tensors::from([("input_values".into(), values)]);
+        if options.attention_mask {
+            tensors.insert("attention_mask".into(), mask(&lengths, length)?);
+        }
+        Ok(tensors)
+    }
+
+    fn options(&self, arguments: &Arguments) -> Result<Options, SessionError> {
+        let defaults = Defaults {
+            sampling_rate: self.sampling_rate,
+            padding: Padding::None,
+            max_length: None,
+            truncation: false,
+            attention_mask: self.return_attention_mask,
+        };
+        Options::read(arguments, &defaults)
+    }
 }
 
 /// To mean 0 and variance 1.
@@ -229,17 +308,8 @@ impl Processor for WaveformProcessor {
         _inputs: &Tensors,
         arguments: &Arguments,
     ) -> Result<Tensors, SessionError> {
-        if method != "preprocess" {
-            let reason = format!("`{method}` is not supported; supported: preprocess");
-            return Err(SessionError::input("method", reason));
-        }
+        let files = files_of(method, files, "raw_speech")?;
         let options = self.options(arguments)?;
-        if let Some(name) = files.keys().find(|name| *name != "raw_speech") {
-            return Err(SessionError::input(name, "is not supported; supported: raw_speech"));
-        }
-        let Some(files) = files.get("raw_speech") else {
-            return Err(SessionError::input("raw_speech", "is missing"));
-        };
         self.prepare(self.read(files)?, &options)
     }
 }

@@ -32,6 +32,20 @@ pub(crate) fn activate_scalar(act: Activation, x: f32) -> f64 {
         Activation::Silu => x * sigmoid(x),
         Activation::Tanh => x.tanh(),
         Activation::Sigmoid => sigmoid(x),
+        Activation::Elu => {
+            if x < 0.0 {
+                x.exp_m1()
+            } else {
+                x
+            }
+        }
+        Activation::LeakyRelu(slope) => {
+            if x < 0.0 {
+                x * f64::from(slope.get())
+            } else {
+                x
+            }
+        }
     }
 }
 
@@ -68,13 +82,15 @@ pub(crate) fn activate(act: Activation, x: &[f32], y: &mut [MaybeUninit<f32>]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::activation::Slope;
 
     #[test]
     fn every_path_against_the_definition() {
         use Activation::*;
         let special = [0.0, -0.0, f32::NAN, f32::INFINITY, f32::MAX, f32::MIN, 1e-45, -1e-40, 1e20, -1e20];
         for isa in Isa::available() {
-            for act in [Identity, Gelu, GeluTanh, QuickGelu, Relu, Silu, Tanh, Sigmoid] {
+            for act in [Identity, Gelu, GeluTanh, QuickGelu, Relu, Silu, Tanh, Sigmoid, Elu, LeakyRelu(Slope::new(0.1))]
+            {
                 for n in (0..=67).chain([1000]) {
                     let x: Vec<f32> = (0..n + 3)
                         .map(|i| if n < 67 || i % 3 > 0 { (i as f32 * 0.7391).sin() * 12.0 } else { special[i % 10] })

@@ -62,6 +62,19 @@ pub(crate) unsafe fn exp<S: Simd>(x: S::F) -> S::F {
     }
 }
 
+/// e^x - 1 for x below 0, with small relative error also near 0.
+#[inline(always)]
+unsafe fn exp_m1<S: Simd>(x: S::F) -> S::F {
+    // SAFETY: as for this function.
+    unsafe {
+        let one = S::splat(1.0);
+        // e^-40 is nothing beside 1; above 0 only a finite value is wanted
+        let (n, r) = split::<S>(S::min(one, S::max(S::splat(-40.0), x)));
+        let scale = S::scale_pow2(one, n);
+        S::fma(scale, exp_m1_reduced::<S>(r), S::sub(scale, one))
+    }
+}
+
 /// 1 / (1 + e^-x).
 #[inline(always)]
 pub(crate) unsafe fn sigmoid<S: Simd>(x: S::F) -> S::F {
@@ -131,6 +144,8 @@ pub(crate) unsafe fn activate<S: Simd>(act: Activation, x: S::F) -> S::F {
             Activation::Silu => S::mul(x, sigmoid::<S>(x)),
             Activation::Tanh => tanh::<S>(x),
             Activation::Sigmoid => sigmoid::<S>(x),
+            Activation::Elu => S::select_lt(x, S::splat(0.0), exp_m1::<S>(x), x),
+            Activation::LeakyRelu(slope) => S::select_lt(x, S::splat(0.0), S::mul(x, S::splat(slope.get())), x),
         }
     }
 }

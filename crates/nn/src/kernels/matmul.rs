@@ -939,10 +939,14 @@ pub(super) unsafe fn finish<S: Simd>(
                 $(Activation::$activation => unsafe {
                     finish_with::<S>(Activation::$activation, staged, height, columns, out)
                 },)*
+                // SAFETY: the caller's.
+                Activation::LeakyRelu(slope) => unsafe {
+                    finish_with::<S>(Activation::LeakyRelu(slope), staged, height, columns, out)
+                },
             }
         };
     }
-    each!(Identity Gelu GeluTanh QuickGelu Relu Silu Tanh Sigmoid)
+    each!(Identity Gelu GeluTanh QuickGelu Relu Silu Tanh Sigmoid Elu)
 }
 
 #[inline(always)]
@@ -1184,9 +1188,12 @@ mod tests {
 
     #[test]
     fn every_activation() {
+        use crate::activation::Slope;
         use Activation::*;
         for isa in Isa::available() {
-            for activation in [Identity, Gelu, GeluTanh, QuickGelu, Relu, Silu, Tanh, Sigmoid] {
+            for activation in
+                [Identity, Gelu, GeluTanh, QuickGelu, Relu, Silu, Tanh, Sigmoid, Elu, LeakyRelu(Slope::new(0.1))]
+            {
                 for (m, n) in [(1, 64), (7, 33), (20, 96)] {
                     Case::new(m, n, 40, 0).check(isa, activation, true, m == 7);
                 }

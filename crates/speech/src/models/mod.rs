@@ -3,11 +3,16 @@
 use candle_core::{DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 
+pub mod encodec;
 mod features;
+pub mod hifigan;
 pub mod hubert;
+mod seq2seq;
+pub mod speecht5;
 pub mod unispeech;
 pub mod wav2vec2;
 pub mod wavlm;
+pub mod whisper;
 
 pub use features::{FeatureConfig, FeatureNorm};
 

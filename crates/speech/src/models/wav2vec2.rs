@@ -96,13 +96,17 @@ pub(super) struct Variant {
 impl Variant {
     /// The rules among `rules`, made by [`alias_rules`], that hold for the config of `spec`.
     pub(super) fn aliases(&self, rules: &'static [AliasRule], spec: &ModelSpec) -> &'static [AliasRule] {
-        let probability = |field: &str, default: f64| match spec.config.get(field) {
-            None => default,
-            Some(value) => value.as_f64().unwrap_or(default),
-        };
-        let masks = probability("mask_time_prob", 0.05) > 0.0 || probability("mask_feature_prob", 0.0) > 0.0;
-        if masks || self.always_masked { &rules[1..] } else { rules }
+        if masks_frames(spec) || self.always_masked { &rules[1..] } else { rules }
     }
+}
+
+/// Whether frames or features were masked in training, so that the checkpoint has what stood in their place.
+pub(super) fn masks_frames(spec: &ModelSpec) -> bool {
+    let probability = |field: &str, default: f64| match spec.config.get(field) {
+        None => default,
+        Some(value) => value.as_f64().unwrap_or(default),
+    };
+    probability("mask_time_prob", 0.05) > 0.0 || probability("mask_feature_prob", 0.0) > 0.0
 }
 
 const VARIANT: Variant = Variant {
@@ -399,13 +403,17 @@ impl Layer {
 }
 
 /// The weighted sum of the states before, between and after the layers, where a head wants it.
-struct LayerSum<'a> {
+pub(super) struct LayerSum<'a> {
     weights: std::slice::Iter<'a, f64>,
-    sum: Option<Tensor>,
+    pub(super) sum: Option<Tensor>,
 }
 
-impl LayerSum<'_> {
-    fn add(&mut self, x: &Tensor) -> Result<()> {
+impl<'a> LayerSum<'a> {
+    pub(super) fn new(weights: &'a [f64]) -> Self {
+        Self { weights: weights.iter(), sum: None }
+    }
+
+    pub(super) fn add(&mut self, x: &Tensor) -> Result<()> {
         let Some(&weight) = self.weights.next() else { return Ok(()) };
         roofbench_nn::cost::elementwise(x.elem_count(), 2);
         let weighted = (x * weight)?;
@@ -442,7 +450,7 @@ impl Encoder {
     /// (batch, frames, hidden) both; `layer_weights` ask for the weighted sum of the states instead of the last.
     fn forward(&self, x: &Tensor, padding: Option<Mask>, layer_weights: &[f64]) -> Result<Tensor> {
         let pass = Pass { padding, positions: self.positions.as_ref() };
-        let mut states = LayerSum { weights: layer_weights.iter(), sum: None };
+        let mut states = LayerSum::new(layer_weights);
         let mut x = self.pos_conv_embed.forward(x)?;
         if !self.stable {
             x = self.layer_norm.forward(&x)?;
@@ -715,7 +723,7 @@ impl SpeechModel {
 }
 
 /// Of a vector, on the host.
-fn softmax(x: &Tensor) -> Result<Vec<f64>> {
+pub(super) fn softmax(x: &Tensor) -> Result<Vec<f64>> {
     let x = x.to_dtype(DType::F64)?.to_vec1::<f64>()?;
     let top = x.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let exponentials: Vec<f64> = x.iter().map(|x| (x - top).exp()).collect();
