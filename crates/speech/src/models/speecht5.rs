@@ -209,7 +209,7 @@ impl SpeechT5Config {
             let reason = format!("{} is not in 0..1", cfg.speech_decoder_prenet_dropout);
             return Err(config::invalid("speech_decoder_prenet_dropout", reason));
         }
-        if cfg.speech_decoder_postnet_kernel % 2 == 0 {
+        if cfg.speech_decoder_postnet_kernel.is_multiple_of(2) {
             let reason = format!("{} is even, which would shorten the spectra", cfg.speech_decoder_postnet_kernel);
             return Err(config::invalid("speech_decoder_postnet_kernel", reason));
         }
@@ -361,7 +361,7 @@ fn interleaved(rows: usize, hidden: usize, alpha: f32) -> Vec<f32> {
     let speeds: Vec<f32> = (0..hidden).map(speed).collect();
     let value = |row: usize, at: usize| {
         let angle = row as f32 * speeds[at];
-        alpha * if at % 2 == 0 { angle.sin() } else { angle.cos() }
+        alpha * if at.is_multiple_of(2) { angle.sin() } else { angle.cos() }
     };
     (0..rows).flat_map(|row| (0..hidden).map(move |at| (row, at))).map(|(row, at)| value(row, at)).collect()
 }

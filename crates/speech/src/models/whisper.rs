@@ -528,6 +528,9 @@ struct Fields<'a> {
     file: &'a Map<String, Value>,
 }
 
+/// Tokens of each item.
+type Sequences = Vec<Vec<i64>>;
+
 impl<'a> Fields<'a> {
     fn get(&self, name: &str) -> Option<&'a Value> {
         let given = |fields: &'a Map<String, Value>| fields.get(name).filter(|value| !value.is_null());
@@ -584,7 +587,7 @@ impl<'a> Fields<'a> {
 
     /// The tokens that the decoder begins with, without that of times, and the languages to choose from where a sound's
     /// is detected.
-    fn prompt(&self, config: &Value, batch: usize) -> Result<(Vec<Vec<i64>>, Option<Vec<i64>>), SessionError> {
+    fn prompt(&self, config: &Value, batch: usize) -> Result<(Sequences, Option<Vec<i64>>), SessionError> {
         let start = self.get("decoder_start_token_id").and_then(Value::as_i64);
         let start = start.ok_or_else(|| SessionError::input("decoder_start_token_id", "is missing"))?;
         let (language, task) = (self.get("language"), self.get("task"));

@@ -173,7 +173,7 @@ mod tests {
         assert!(both.is_err_and(|error| error.to_string().starts_with("input `truncation`")));
         let plain = processor.options(&arguments(json!({"padding": false})), &sounds)?;
         assert!(processor.prepare(&sounds, &plain).is_err());
-        assert!(processor.prepare(&sounds[..1], &plain)?.get("padding_mask").is_none());
+        assert!(!processor.prepare(&sounds[..1], &plain)?.contains_key("padding_mask"));
         Ok(())
     }
 
