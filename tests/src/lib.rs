@@ -83,9 +83,14 @@ impl reference::Models for Models {
     }
 }
 
-/// The reference cases of the project.
+/// The reference cases.
 pub fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/reference")
+}
+
+/// Further cases in the same form, of options that those leave out.
+fn own_fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/own")
 }
 
 /// Every case of `kind` of the families that run.
@@ -93,8 +98,8 @@ pub fn fixtures() -> PathBuf {
 /// # Panics
 /// When a case can't be read: these are the project's own.
 pub fn cases(kind: Kind) -> impl Iterator<Item = Case> {
-    let folders = find(&fixtures()).expect("the cases of the project");
-    let cases = folders.into_iter().map(|folder| Case::read(&folder).expect("a case of the project"));
+    let folders = [fixtures(), own_fixtures()].map(|folder| find(&folder).expect("the cases of the project"));
+    let cases = folders.into_iter().flatten().map(|folder| Case::read(&folder).expect("a case of the project"));
     cases.filter(move |case| case.kind == kind && families().any(|family| family == case.family))
 }
 

@@ -1,17 +1,14 @@
 //! Every reference case of the families that run: outputs within the case's own tolerance, and exactly its tensors read.
 
-use roofbench_core::reference::{Case, Kind, Setting, find};
-use roofbench_tests::{Models, families, fixtures};
+use roofbench_core::reference::{Kind, Setting, find};
+use roofbench_tests::{Models, cases, families, fixtures};
 
 /// Runs the cases of `kind`; how many there were.
 fn check(kind: Kind) -> usize {
     let mut count = 0;
     let mut wrong = Vec::new();
-    for folder in find(&fixtures()).unwrap() {
-        let case = Case::read(&folder).unwrap();
-        if case.kind != kind || !families().any(|family| family == case.family) {
-            continue;
-        }
+    for case in cases(kind) {
+        let folder = &case.folder;
         count += 1;
         match case.run(&Models, &Setting::default()) {
             Ok(verdict) => {
