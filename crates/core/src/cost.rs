@@ -175,6 +175,130 @@ pub enum Norm {
     Rms,
 }
 
+/// The sizes of a transformer layer of one width, from which the cost of its halves follows. The products of the output and
+/// of the feed-forward half have biases.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Layer {
+    /// Width of the stream.
+    pub hidden: u64,
+    /// Attention heads.
+    pub heads: u64,
+    /// Width of a head.
+    pub head_dim: u64,
+    /// Width inside the feed-forward half.
+    pub inner: u64,
+    /// The products of query, key and value have biases.
+    pub qkv_bias: bool,
+    /// Normalisation comes before each half, over its input; else behind it, over its result.
+    pub norm_before: bool,
+    /// Of an element.
+    pub bytes: u64,
+}
+
+/// The rows that attention goes over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AttentionRows {
+    /// Items in the batch.
+    pub batch: u64,
+    /// Rows per item that keys and values are made of.
+    pub seq: u64,
+    /// Rows per item that are wanted: the queries.
+    pub queries: u64,
+    /// Keys per item that an earlier pass made.
+    pub cached: u64,
+    /// (query, key) pairs per item and head.
+    pub visible_pairs: u64,
+}
+
+impl AttentionRows {
+    /// Of `batch` items of `seq` rows that all see each other.
+    pub fn full(batch: u64, seq: u64) -> Self {
+        Self::some(batch, seq, seq)
+    }
+
+    /// Of `queries` rows of each item, which see all.
+    pub fn some(batch: u64, seq: u64, queries: u64) -> Self {
+        Self { batch, seq, queries, cached: 0, visible_pairs: full_pairs(queries, seq) }
+    }
+
+    /// Of `seq` rows that see themselves, those before them, and `cached` ones of earlier passes.
+    pub fn causal(batch: u64, seq: u64, cached: u64) -> Self {
+        Self { batch, seq, queries: seq, cached, visible_pairs: causal_pairs(seq, cached) }
+    }
+}
+
+impl Layer {
+    fn width(&self) -> u64 {
+        self.heads * self.head_dim
+    }
+
+    fn norm(&self, rows: u64) -> Cost {
+        norm(Norm::Layer, rows, self.hidden, self.bytes)
+    }
+
+    fn attention(&self, rows: AttentionRows) -> Cost {
+        let Self { heads, head_dim, .. } = *self;
+        let AttentionRows { batch, queries, cached, visible_pairs, .. } = rows;
+        Attention { batch, heads, kv_heads: heads, head_dim, queries, cached, visible_pairs }.cost(self.bytes)
+    }
+
+    /// A product back to the stream from width `input`, and the residual.
+    fn output(&self, rows: u64, input: u64) -> Cost {
+        linear(rows, input, self.hidden, true, self.bytes) + elementwise(rows * self.hidden, 1)
+    }
+
+    /// Attention of rows to each other.
+    pub fn self_attention(&self, rows: AttentionRows) -> Cost {
+        let (tokens, wanted) = (rows.batch * rows.seq, rows.batch * rows.queries);
+        let project = |rows, width| linear(rows, self.hidden, width, self.qkv_bias, self.bytes);
+        self.norm(if self.norm_before { tokens } else { wanted })
+            + project(wanted, self.width()) // query
+            + project(tokens, 2 * self.width()) // key and value
+            + self.attention(rows)
+            + self.output(wanted, self.width())
+    }
+
+    /// Attention of (batch, queries) rows to `states` states an item of width `width`, of which this pass makes keys and
+    /// values (`first`), or an earlier one did.
+    pub fn cross_attention(&self, [batch, queries]: [u64; 2], [states, width]: [u64; 2], first: bool) -> Cost {
+        let rows = batch * queries;
+        let project = |rows, input, output| linear(rows, input, output, self.qkv_bias, self.bytes);
+        let made = if first { project(batch * states, width, 2 * self.width()) } else { Cost::default() };
+        let visible_pairs = full_pairs(queries, states);
+        let attention = AttentionRows { batch, seq: 0, queries, cached: if first { 0 } else { states }, visible_pairs };
+        self.norm(rows)
+            + project(rows, self.hidden, self.width())
+            + made
+            + self.attention(attention)
+            + self.output(rows, self.width())
+    }
+
+    /// The feed-forward half over `rows` rows, with an activation between two products.
+    pub fn feed_forward(&self, rows: u64) -> Cost {
+        self.norm(rows)
+            + linear(rows, self.hidden, self.inner, true, self.bytes)
+            + elementwise(rows * self.inner, 1) // the activation, one whichever it is
+            + self.output(rows, self.inner)
+    }
+
+    /// Both halves of an encoder's layer.
+    pub fn encoder(&self, rows: AttentionRows) -> Cost {
+        self.self_attention(rows) + self.feed_forward(rows.batch * rows.queries)
+    }
+
+    /// `layers` layers of an encoder over (batch, seq) rows that all see each other, of which `queries` an item are wanted
+    /// of the last.
+    pub fn encoder_of(&self, layers: usize, [batch, seq]: [u64; 2], queries: u64) -> Cost {
+        match layers {
+            0 => Cost::default(),
+            layers => {
+                self.encoder(AttentionRows::full(batch, seq)) * (layers as u64 - 1)
+                    + self.encoder(AttentionRows::some(batch, seq, queries))
+            }
+        }
+    }
+}
+
 /// Normalisation of `rows` rows of `width` elements.
 pub fn norm(kind: Norm, rows: u64, width: u64, bytes_per_element: u64) -> Cost {
     let (flops_per_element, parameters) = match kind {
@@ -268,6 +392,28 @@ mod tests {
         // 4 pairs × 4 heads = 16; products 16·8·4 = 512; softmax 16·5 = 80
         // output 4·8 elements; cache 2·3·2·8 elements
         assert_eq!(step.cost(2), Cost { flops: 592, weight_bytes: 0, activation_bytes: 64, kv_bytes: 192 });
+    }
+
+    #[test]
+    fn halves_of_a_layer_by_hand() {
+        let layer = Layer { hidden: 4, heads: 2, head_dim: 3, inner: 5, qkv_bias: false, norm_before: true, bytes: 2 };
+        // 2 items of 3 rows, of which 1 is wanted: norm 7·6·4; query 2·(2·4·6); key and value 2·(6·4·12);
+        // 3 pairs an item, 2 items, 2 heads: 12·(4·3 + 5); output 2·(2·6·4) + 2·4; residual 2·4
+        let half = layer.self_attention(AttentionRows::some(2, 3, 1));
+        assert_eq!(half.flops, 168 + 96 + 576 + 204 + 104 + 8);
+        // norm 8, query 24, key and value 48, output 24 + 4
+        assert_eq!(half.weight_bytes, 2 * (8 + 24 + 48 + 28));
+        let behind = Layer { norm_before: false, ..layer }.self_attention(AttentionRows::some(2, 3, 1));
+        assert_eq!(half.flops - behind.flops, 7 * 4 * 4); // four rows less are normalised
+        // norm 7·2·4; 2·(2·4·5) + 2·5; activation 2·5; 2·(2·5·4) + 2·4; residual 2·4
+        assert_eq!(layer.feed_forward(2).flops, 56 + 90 + 10 + 88 + 8);
+        // 3 states of width 2, from which a later pass makes no keys and values
+        let [first, later] = [true, false].map(|first| layer.cross_attention([2, 1], [3, 2], first));
+        assert_eq!(first.flops - later.flops, 2 * (2 * 3) * 2 * 12);
+        assert_eq!(
+            layer.encoder_of(2, [2, 3], 1),
+            layer.encoder(AttentionRows::full(2, 3)) + layer.encoder(AttentionRows::some(2, 3, 1))
+        );
     }
 
     #[test]

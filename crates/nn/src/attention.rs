@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, D, DType, Device, Layout, Result, Storage, Tensor,
 use candle_nn::VarBuilder;
 
 use crate::cost;
-use crate::gather::RowIndex;
+use crate::gather::{RowIndex, gather};
 use crate::kernels::attention as kernel;
 use crate::linear::Linear;
 use crate::{op, options};
@@ -103,13 +103,15 @@ impl Mask {
         Ok(Self { bias: Some(bias.clone()), which: None, ..self })
     }
 
-    /// The same for the first `rows` queries, of which a bias has as many then.
-    ///
-    /// # Errors
-    /// When there are fewer.
-    pub fn first_rows(&self, rows: usize) -> Result<Self> {
-        let first = |bias: &Tensor| if bias.dim(2)? == 1 { Ok(bias.clone()) } else { bias.narrow(2, 0, rows) };
-        Ok(Self { bias: self.bias.as_ref().map(first).transpose()?, ..self.clone() })
+    /// The same for some of the queries: the part of a bias that is theirs.
+    fn of_rows(&self, rows: &Rows) -> Result<Self> {
+        let part = |bias: &Tensor| match rows {
+            _ if bias.dim(2)? == 1 => Ok(bias.clone()),
+            Rows::All => Ok(bias.clone()),
+            Rows::Range { start, len } => bias.narrow(2, *start, *len),
+            Rows::Picked(_) => bail!("attention: of a bias per query no part is picked"),
+        };
+        Ok(Self { bias: self.bias.as_ref().map(part).transpose()?, ..self.clone() })
     }
 
     /// The same with keys that do not exist, as in [`padding`](Self::padding).
@@ -159,7 +161,48 @@ pub struct Attention {
     pub pattern: Pattern,
 }
 
-/// Self-attention on one product for query, key and value, which attention reads in place; the output layer is the
+/// The rows that are wanted of a layer: of the others it makes keys and values alone.
+#[derive(Debug, Clone)]
+pub enum Rows {
+    /// All.
+    All,
+    /// Neighbours, the same of each item.
+    Range {
+        /// The first.
+        start: usize,
+        /// How many.
+        len: usize,
+    },
+    /// Any, of (batch · seq).
+    Picked(RowIndex),
+}
+
+impl From<Option<usize>> for Rows {
+    /// So many first ones, or all.
+    fn from(first: Option<usize>) -> Self {
+        first.map_or(Self::All, |len| Self::Range { start: 0, len })
+    }
+}
+
+impl Rows {
+    /// These rows of `x`.
+    ///
+    /// # Shapes
+    /// (batch, seq, width) → (batch, rows, width).
+    ///
+    /// # Errors
+    /// When there are not so many.
+    pub fn of(&self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::All => Ok(x.clone()),
+            Self::Range { start, len } => x.narrow(1, *start, *len)?.contiguous(),
+            Self::Picked(index) => gather(x, index),
+        }
+    }
+}
+
+/// Self-attention on one product for query, key and value, which attention reads in place; or, for a layer of which
+/// [some rows](Rows) alone are wanted, on one for their queries and one for keys and values. The output layer is the
 /// caller's, who may fuse its residual.
 ///
 /// ```
@@ -176,8 +219,18 @@ pub struct Attention {
 /// ```
 #[derive(Clone)]
 pub struct SelfAttention {
-    qkv: Linear,
+    products: Products,
+    /// A key and a value beside those of the rows, (1, 1, kv_heads · head_dim) each.
+    extra: Option<[Tensor; 2]>,
     attention: Attention,
+}
+
+#[derive(Clone)]
+enum Products {
+    /// Query, key and value side by side.
+    One(Linear),
+    /// The query; key and value side by side.
+    Two(Linear, Linear),
 }
 
 impl SelfAttention {
@@ -186,11 +239,11 @@ impl SelfAttention {
     /// # Errors
     /// When its width is not that of the heads.
     pub fn new(qkv: Linear, attention: Attention) -> Result<Self> {
-        let width = (attention.heads + 2 * attention.kv_heads) * attention.head_dim;
+        let width = attention.widths().iter().sum::<usize>();
         if qkv.out_dim() != width {
             bail!("SelfAttention: query, key and value give {} together, the heads take {width}", qkv.out_dim())
         }
-        Ok(Self { qkv, attention })
+        Ok(Self { products: Products::One(qkv), extra: None, attention })
     }
 
     /// Reads the layers that `names` gives under `vb` (query, key, value), which take rows of `dim`.
@@ -198,9 +251,55 @@ impl SelfAttention {
     /// # Errors
     /// When a tensor is missing or has another shape.
     pub fn load(dim: usize, attention: Attention, names: [&str; 3], bias: bool, vb: VarBuilder<'_>) -> Result<Self> {
-        let [queries, keys] = [attention.heads, attention.kv_heads].map(|heads| heads * attention.head_dim);
-        let parts = [(names[0], queries), (names[1], keys), (names[2], keys)];
+        let widths = attention.widths();
+        let parts = std::array::from_fn::<_, 3, _>(|i| (names[i], widths[i]));
         Self::new(Linear::load_fused(dim, &parts, bias, vb)?, attention)
+    }
+
+    /// As [`load`](Self::load), for a layer of which some rows alone are wanted.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn load_for_rows(
+        dim: usize,
+        attention: Attention,
+        names: [&str; 3],
+        bias: bool,
+        vb: VarBuilder<'_>,
+    ) -> Result<Self> {
+        if !options::current().class_token_only {
+            return Self::load(dim, attention, names, bias, vb);
+        }
+        let widths = attention.widths();
+        let q = Linear::load(dim, widths[0], bias, vb.pp(names[0]))?;
+        let kv = Linear::load_fused(dim, &[(names[1], widths[1]), (names[2], widths[2])], bias, vb)?;
+        Ok(Self { products: Products::Two(q, kv), extra: None, attention })
+    }
+
+    /// From the weights of query, key and value, one below the other: `weight` (sum of the widths, dim), `bias` (sum of the
+    /// widths). `some_rows`: some rows alone will be wanted.
+    ///
+    /// # Errors
+    /// When the shapes do not fit.
+    pub fn from_weights(weight: &Tensor, bias: Option<&Tensor>, attention: Attention, some_rows: bool) -> Result<Self> {
+        if !(some_rows && options::current().class_token_only) {
+            return Self::new(Linear::new(weight, bias)?, attention);
+        }
+        let part = |begin: usize, width: usize| {
+            let bias = bias.map(|bias| bias.narrow(0, begin, width)).transpose()?;
+            Linear::new(&weight.narrow(0, begin, width)?, bias.as_ref())
+        };
+        let [queries, keys, values] = attention.widths();
+        let products = Products::Two(part(0, queries)?, part(queries, keys + values)?);
+        Ok(Self { products, extra: None, attention })
+    }
+
+    /// With a key and a value that every query sees besides, as `add_bias_kv` of `torch.nn.MultiheadAttention` adds them.
+    ///
+    /// # Shapes
+    /// (1, 1, kv_heads · head_dim) each.
+    pub fn with_extra(self, key: Tensor, value: Tensor) -> Self {
+        Self { extra: Some([key, value]), ..self }
     }
 
     /// # Shapes
@@ -209,7 +308,31 @@ impl SelfAttention {
     /// # Errors
     /// As for [`Linear::forward`] and [`Attention::forward`].
     pub fn forward(&self, x: &Tensor, mask: Option<&Mask>) -> Result<Tensor> {
-        self.attend(&self.qkv.forward(x)?, mask)
+        let [q, k, v] = self.project(x, &Rows::All)?;
+        self.attention.forward(&q, &k, &v, mask)
+    }
+
+    /// The queries of some rows, which see all. `mask` is the one of all rows.
+    ///
+    /// # Shapes
+    /// (batch, seq, dim) → (batch, rows, heads · head_dim).
+    ///
+    /// # Errors
+    /// As for [`forward`](Self::forward), and when a pattern hides keys by position.
+    pub fn forward_of(&self, x: &Tensor, rows: &Rows, mask: Option<&Mask>) -> Result<Tensor> {
+        match (&self.products, rows) {
+            (_, Rows::All) => self.forward(x, mask),
+            // made for all, and chosen from
+            (Products::One(_), rows) => rows.of(&self.forward(x, mask)?),
+            (Products::Two(..), rows) => {
+                if self.attention.pattern != Pattern::Full {
+                    bail!("attention: some rows are wanted under {:?}, which goes by position", self.attention.pattern)
+                }
+                let [q, k, v] = self.project(x, rows)?;
+                let mask = mask.map(|mask| mask.of_rows(rows)).transpose()?;
+                self.attention.forward(&q, &k, &v, mask.as_ref())
+            }
+        }
     }
 
     /// Over the rows of `x` that `index` picks, as windows of an image are.
@@ -220,119 +343,42 @@ impl SelfAttention {
     /// # Errors
     /// As for [`Linear::forward_rows`] and [`Attention::forward`].
     pub fn forward_rows(&self, x: &Tensor, index: &RowIndex, mask: Option<&Mask>) -> Result<Tensor> {
-        self.attend(&self.qkv.forward_rows(x, index)?, mask)
-    }
-
-    fn attend(&self, qkv: &Tensor, mask: Option<&Mask>) -> Result<Tensor> {
-        let [q, k, v] = self.attention.split(qkv)?;
+        let Products::One(qkv) = &self.products else { return self.forward(&gather(x, index)?, mask) };
+        let [q, k, v] = self.attention.split(&qkv.forward_rows(x, index)?)?;
         self.attention.forward(&q, &k, &v, mask)
     }
-}
 
-/// Self-attention of the first rows alone, which see all: for a last layer of which no other row is used.
-#[derive(Clone)]
-pub struct FirstRows {
-    q: Linear,
-    kv: Linear,
-    attention: Attention,
-}
-
-impl FirstRows {
-    /// From the layer of the queries and the one that gives key and value side by side.
-    ///
-    /// # Errors
-    /// When a width is not that of the heads, or the pattern hides keys.
-    pub fn new(q: Linear, kv: Linear, attention: Attention) -> Result<Self> {
-        if attention.pattern != Pattern::Full {
-            bail!("FirstRows: queries that are not the last see all keys, or none can be said to; {attention:?}")
-        }
-        let widths = [attention.heads, 2 * attention.kv_heads].map(|heads| heads * attention.head_dim);
-        if [q.out_dim(), kv.out_dim()] != widths {
-            bail!(
-                "FirstRows: query, and key and value, give {:?}, the heads take {widths:?}",
-                [q.out_dim(), kv.out_dim()]
-            )
-        }
-        Ok(Self { q, kv, attention })
-    }
-
-    /// As [`SelfAttention::load`].
-    ///
-    /// # Errors
-    /// As there, and when the pattern hides keys.
-    pub fn load(dim: usize, attention: Attention, names: [&str; 3], bias: bool, vb: VarBuilder<'_>) -> Result<Self> {
-        let [queries, keys] = [attention.heads, attention.kv_heads].map(|heads| heads * attention.head_dim);
-        let q = Linear::load(dim, queries, bias, vb.pp(names[0]))?;
-        let kv = Linear::load_fused(dim, &[(names[1], keys), (names[2], keys)], bias, vb)?;
-        Self::new(q, kv, attention)
-    }
-
-    /// For the first `rows` rows of each item. A bias in the mask has queries as many.
-    ///
-    /// # Shapes
-    /// (batch, seq, dim) → (batch, rows, heads · head_dim).
-    ///
-    /// # Errors
-    /// As for [`Linear::forward`] and [`Attention::forward`], and when there are not so many rows.
-    pub fn forward(&self, x: &Tensor, rows: usize, mask: Option<&Mask>) -> Result<Tensor> {
-        let q = self.q.forward(&x.narrow(1, 0, rows)?.contiguous()?)?;
-        let kv = self.kv.forward(x)?;
-        let width = self.attention.kv_heads * self.attention.head_dim;
-        self.attention.forward(&q, &kv.narrow(2, 0, width)?, &kv.narrow(2, width, width)?, mask)
-    }
-}
-
-/// Self-attention of an encoder's layer: of all rows, or, in a last layer, of those that something is made of.
-#[derive(Clone)]
-pub enum EncoderAttention {
-    /// Of all, in one product.
-    All(SelfAttention),
-    /// Of the first.
-    First(FirstRows),
-}
-
-impl EncoderAttention {
-    /// As [`SelfAttention::load`] or, where only `first_rows` will be wanted, [`FirstRows::load`].
-    ///
-    /// # Errors
-    /// As there.
-    pub fn load(
-        dim: usize,
-        attention: Attention,
-        names: [&str; 3],
-        bias: bool,
-        first_rows: bool,
-        vb: VarBuilder<'_>,
-    ) -> Result<Self> {
-        Ok(match first_rows {
-            false => Self::All(SelfAttention::load(dim, attention, names, bias, vb)?),
-            true => Self::First(FirstRows::load(dim, attention, names, bias, vb)?),
-        })
-    }
-
-    /// Attends to `normed`, which is `x` or its norm; gives what attention makes, and the residual, the rows of `x` that
-    /// belong to it. From [`First`](Self::First) those are the first `rows`, where a number is given; else all. Only then
-    /// does the mask's bias have fewer queries.
-    ///
-    /// # Shapes
-    /// (batch, seq, dim), twice → (batch, rows, heads · head_dim), (batch, rows, dim).
-    ///
-    /// # Errors
-    /// As for [`SelfAttention::forward`] and [`FirstRows::forward`].
-    pub fn forward(
-        &self,
-        normed: &Tensor,
-        x: &Tensor,
-        rows: Option<usize>,
-        mask: Option<&Mask>,
-    ) -> Result<(Tensor, Tensor)> {
-        match self {
-            Self::All(attention) => Ok((attention.forward(normed, mask)?, x.clone())),
-            Self::First(attention) => {
-                let rows = rows.unwrap_or(x.dim(1)?);
-                Ok((attention.forward(normed, rows, mask)?, x.narrow(1, 0, rows)?.contiguous()?))
+    /// Queries of `rows`, keys and values of all, as views where they may be.
+    fn project(&self, x: &Tensor, rows: &Rows) -> Result<[Tensor; 3]> {
+        let [q, k, v] = match &self.products {
+            Products::One(qkv) => self.attention.split(&qkv.forward(x)?)?,
+            Products::Two(q, kv) => {
+                let (kv, [_, keys, values]) = (kv.forward(x)?, self.attention.widths());
+                [q.forward(&rows.of(x)?)?, kv.narrow(2, 0, keys)?, kv.narrow(2, keys, values)?]
             }
-        }
+        };
+        let Some([key, value]) = &self.extra else { return Ok([q, k, v]) };
+        let behind = |x: &Tensor, extra: &Tensor| {
+            let (batch, _, width) = x.dims3()?;
+            Tensor::cat(&[x, &extra.broadcast_as((batch, 1, width))?], 1)
+        };
+        Ok([q, behind(&k, key)?, behind(&v, value)?])
+    }
+
+    /// Queries, keys and values of a pass, for a cache: see [`Decoding`](crate::decoding::Decoding).
+    ///
+    /// # Shapes
+    /// (batch, seq, dim) → as for [`Attention::split`].
+    ///
+    /// # Errors
+    /// As for [`Linear::forward`].
+    pub fn qkv(&self, x: &Tensor) -> Result<[Tensor; 3]> {
+        self.project(x, &Rows::All)
+    }
+
+    /// The heads.
+    pub fn attention(&self) -> &Attention {
+        &self.attention
     }
 }
 
@@ -354,8 +400,13 @@ impl Attention {
     /// # Errors
     /// When it is less wide.
     pub fn split(&self, qkv: &Tensor) -> Result<[Tensor; 3]> {
-        let [queries, keys] = [self.heads, self.kv_heads].map(|heads| heads * self.head_dim);
-        Ok([qkv.narrow(2, 0, queries)?, qkv.narrow(2, queries, keys)?, qkv.narrow(2, queries + keys, keys)?])
+        let [queries, keys, values] = self.widths();
+        Ok([qkv.narrow(2, 0, queries)?, qkv.narrow(2, queries, keys)?, qkv.narrow(2, queries + keys, values)?])
+    }
+
+    /// Widths of queries, keys and values.
+    fn widths(&self) -> [usize; 3] {
+        [self.heads, self.kv_heads, self.kv_heads].map(|heads| heads * self.head_dim)
     }
 
     /// On the CPU in f32 a fused kernel, which keeps no score matrix; elsewhere, and where [`options`] say so, candle's
@@ -539,26 +590,66 @@ mod tests {
     }
 
     #[test]
-    fn first_rows_are_those_of_all() -> Result<()> {
+    fn some_rows_are_those_of_all() -> Result<()> {
         let wave = |shape: (usize, usize), k: f32| {
             let data = (0..shape.0 * shape.1).map(|i| (i as f32 * k).sin()).collect::<Vec<_>>();
             Tensor::from_vec(data, shape, &Device::Cpu)
         };
-        let weights =
-            [("q", 0.3), ("k", 0.7), ("v", 0.9)].map(|(name, k)| Ok((format!("{name}.weight"), wave((8, 6), k)?)));
-        let weights = weights.into_iter().collect::<Result<_>>()?;
+        let parts = [wave((8, 6), 0.3)?, wave((8, 6), 0.7)?, wave((8, 6), 0.9)?];
+        let names = ["q", "k", "v"];
+        let weights = names.iter().zip(&parts).map(|(name, part)| (format!("{name}.weight"), part.clone())).collect();
         let vb = VarBuilder::from_tensors(weights, DType::F32, &Device::Cpu);
+        let weight = Tensor::cat(&parts, 0)?;
         let attention = Attention { heads: 2, kv_heads: 2, head_dim: 4, scale: None, pattern: Pattern::Full };
         let x = wave((3 * 7, 6), 1.1)?.reshape((3, 7, 6))?;
-        let mask =
-            Mask::padding(&Tensor::new(&[[1u8; 7], [1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 1]], &Device::Cpu)?)?;
-        let names = ["q", "k", "v"];
-        let all = SelfAttention::load(6, attention, names, false, vb.clone())?.forward(&x, mask.as_ref())?;
-        let first = FirstRows::load(6, attention, names, false, vb.clone())?.forward(&x, 2, mask.as_ref())?;
-        let error = (all.narrow(1, 0, 2)? - first)?.abs()?.max_all()?.to_scalar::<f32>()?;
-        assert!(error < 1e-6, "{error}");
+        let exists = [[1u8; 7], [1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0, 1]];
+        let padding = Mask::padding(&Tensor::new(&exists, &Device::Cpu)?)?.unwrap();
+        let bias = wave((2 * 7, 7), 0.2)?.reshape((1, 2, 7, 7))?;
+        let extra = [wave((1, 8), 0.5)?.unsqueeze(0)?, wave((1, 8), 0.4)?.unsqueeze(0)?];
+        let picked = RowIndex::new(21, (3, 1), [Some(2), Some(9), Some(20)])?;
+        for (mask, extra) in
+            [(None, None), (None, Some(&extra)), (Some(padding.clone()), None), (Some(padding.with_bias(&bias)?), None)]
+        {
+            let with = |attention: SelfAttention| match extra {
+                Some([key, value]) => attention.with_extra(key.clone(), value.clone()),
+                None => attention,
+            };
+            let whole = with(SelfAttention::load(6, attention, names, false, vb.clone())?);
+            let all = whole.forward(&x, mask.as_ref())?;
+            let rows = [Rows::All, Rows::Range { start: 1, len: 2 }, Rows::Picked(picked.clone())];
+            let bias_per_query = mask.as_ref().is_some_and(|mask| mask.bias.is_some());
+            for rows in &rows[..if bias_per_query { 2 } else { 3 }] {
+                for some in [
+                    with(SelfAttention::load_for_rows(6, attention, names, false, vb.clone())?),
+                    with(SelfAttention::from_weights(&weight, None, attention, true)?),
+                    with(SelfAttention::from_weights(&weight, None, attention, false)?),
+                ] {
+                    let found = some.forward_of(&x, rows, mask.as_ref())?;
+                    let error = (rows.of(&all)? - found)?.abs()?.max_all()?.to_scalar::<f32>()?;
+                    assert!(error < 1e-6, "{rows:?}: {error}");
+                }
+            }
+        }
         let causal = Attention { pattern: Pattern::Causal, ..attention };
-        assert!(FirstRows::load(6, causal, names, false, vb).is_err());
+        let causal = SelfAttention::load_for_rows(6, causal, names, false, vb)?;
+        let error = causal.forward_of(&x, &Rows::Range { start: 0, len: 1 }, None).unwrap_err().to_string();
+        assert!(error.contains("Causal"), "{error}");
+        Ok(())
+    }
+
+    #[test]
+    fn an_extra_key_that_outweighs_all_others_decides() -> Result<()> {
+        let attention = Attention { heads: 1, kv_heads: 1, head_dim: 2, scale: None, pattern: Pattern::Full };
+        let weight = Tensor::cat(
+            &[Tensor::eye(2, DType::F32, &Device::Cpu)?, Tensor::zeros((4, 2), DType::F32, &Device::Cpu)?],
+            0,
+        )?;
+        let extra = Tensor::new(&[[[100f32, 100.]], [[7., 8.]]], &Device::Cpu)?;
+        let attention = SelfAttention::from_weights(&weight, None, attention, false)?;
+        let attention = attention.with_extra(extra.narrow(0, 0, 1)?, extra.narrow(0, 1, 1)?);
+        let y = attention.forward(&Tensor::ones((1, 3, 2), DType::F32, &Device::Cpu)?, None)?;
+        assert_eq!(y.dims(), [1, 3, 2]);
+        assert_eq!(y.narrow(D::Minus1, 0, 1)?.flatten_all()?.to_vec1::<f32>()?, [7.0; 3]);
         Ok(())
     }
 

@@ -13,6 +13,7 @@ pub mod embedding;
 pub mod gather;
 pub mod kernels;
 pub mod kv_cache;
+pub mod layer;
 pub mod linear;
 pub mod lstm;
 pub(crate) mod memory;

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 use candle_nn::VarBuilder;
 use roofbench_core::config;
-use roofbench_core::cost::{self, Cost, Norm, PhaseCost};
+use roofbench_core::cost::{self, AttentionRows, Cost, Norm, PhaseCost};
 use roofbench_core::generation::Generation;
 use roofbench_core::inputs::{Inputs, in_range, unsupported_method, zero_or_one};
 use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Result, Session, SessionError, Tensors};
@@ -18,15 +18,15 @@ use roofbench_nn::cross_attention::Encoded;
 use roofbench_nn::decoding::Decoding;
 use roofbench_nn::embedding::Embedding;
 use roofbench_nn::kernels::isa;
+use roofbench_nn::layer::{CrossAttentionHalf, FeedForwardHalf, SelfAttentionHalf};
 use roofbench_nn::linear::Linear;
 use roofbench_nn::norm::LayerNorm;
 use roofbench_text::causal::{DecoderShape, Pass};
-use roofbench_text::models::bert_layer::{BertLayerConfig, CrossAttentionHalf, FeedForwardHalf, SelfAttentionHalf};
+use roofbench_text::models::bert_layer::BertLayerConfig;
 use roofbench_text::seq2seq::{self, CrossDecoder};
 use serde::Deserialize;
 use serde_json::json;
 
-use super::encoder_layer::Rows;
 use super::vision_tower::{Form, Pixels, VisionTower, VisionTowerConfig};
 use super::{forward_phase, named, products, products_cost, unit_rows, unit_rows_cost};
 
@@ -144,14 +144,13 @@ impl BlipTextConfig {
     /// FLOPs and bytes of the layers over (batch, seq) rows behind `cached` others, `causal` in the decoder; `states` is
     /// how many states an item they look at and how wide these are.
     fn cost(&self, [batch, seq, cached]: [u64; 3], causal: bool, states: Option<[u64; 2]>, bytes: u64) -> Cost {
-        let (tokens, hidden, layer) = (batch * seq, self.hidden_size as u64, self.layer());
-        let cross = |states| layer.cross_attention_cost([batch, seq], states, cached == 0, bytes);
+        let (tokens, hidden, layer) = (batch * seq, self.hidden_size as u64, self.layer().cost(bytes));
+        let rows = if causal { AttentionRows::causal(batch, seq, cached) } else { AttentionRows::full(batch, seq) };
+        let cross = |states| layer.cross_attention([batch, seq], states, cached == 0);
         cost::embedding(tokens, hidden, bytes) * 2 // words and positions
             + cost::elementwise(tokens * hidden, 1) // their sum
             + self.norm_cost(tokens, bytes)
-            + (layer.self_attention_cost([batch, seq, cached], causal, bytes)
-                + states.map_or(Cost::default(), cross)
-                + layer.feed_forward_cost(tokens, bytes))
+            + (layer.encoder(rows) + states.map_or(Cost::default(), cross))
                 * self.num_hidden_layers as u64
     }
 }
@@ -192,7 +191,7 @@ impl BlipConfig {
 
     fn vision_cost(&self, pixels: &Pixels, bytes: u64) -> Cost {
         let (vision, [pictures, states]) = (&self.vision_config, pixels.shape());
-        vision.cost(pixels, vision.num_hidden_layers, Rows::All, bytes) + vision.norm_cost(pictures * states, bytes)
+        vision.cost(pixels, vision.num_hidden_layers, None, bytes) + vision.norm_cost(pictures * states, bytes)
     }
 
     /// FLOPs and bytes of one pass of the decoder, which sees `states` states an item.
@@ -222,9 +221,9 @@ impl TextLayer {
     /// `states` is the width of the states that it looks at.
     fn load(cfg: &BertLayerConfig, pattern: Pattern, states: usize, vb: VarBuilder) -> Result<Self> {
         Ok(Self {
-            attention: SelfAttentionHalf::load(cfg, pattern, "self", vb.pp("attention"))?,
-            crossattention: CrossAttentionHalf::load(cfg, states, "self", vb.pp("crossattention"))?,
-            feed_forward: FeedForwardHalf::load(cfg, ["intermediate", "output"], vb)?,
+            attention: cfg.self_attention(pattern, "self", false, vb.pp("attention"))?,
+            crossattention: cfg.cross_attention(states, "self", vb.pp("crossattention"))?,
+            feed_forward: cfg.feed_forward(["intermediate", "output"], vb)?,
         })
     }
 
@@ -232,7 +231,7 @@ impl TextLayer {
     fn forward(&self, i: usize, x: &Tensor, decoding: &mut Decoding, encoded: Option<&mut Encoded>) -> Result<Tensor> {
         let x = self.attention.step(i, x, decoding)?;
         let x = match encoded {
-            Some(encoded) => self.crossattention.forward(i, &x, encoded)?,
+            Some(encoded) => self.crossattention.step(i, &x, encoded)?,
             None => x,
         };
         self.feed_forward.forward(&x)
@@ -478,7 +477,7 @@ struct Base {
 impl Base {
     fn load(spec: &ModelSpec, vb: &VarBuilder) -> Result<Self, SessionError> {
         let cfg = BlipConfig::from_spec(spec)?;
-        let vision_model = VisionTower::load(&cfg.vision_config, Rows::All, vb.pp("vision_model"))?;
+        let vision_model = VisionTower::load(&cfg.vision_config, None, vb.pp("vision_model"))?;
         Ok(Self { cfg, spec: spec.clone(), vision_model, bytes: spec.dtype.size_in_bytes() as u64 })
     }
 

@@ -17,7 +17,6 @@ use roofbench_nn::kernels::isa;
 use roofbench_nn::linear::Linear;
 use serde::Deserialize;
 
-use super::encoder_layer::Rows;
 use super::language_model::{LanguageModel, Prompt, TextConfig};
 use super::qformer::{QFormer, QFormerConfig, WordEmbeddings, Words};
 use super::vision_tower::{Form, Pixels, VisionTower, VisionTowerConfig};
@@ -113,7 +112,7 @@ impl Blip2Config {
     /// FLOPs and bytes of a picture's states.
     fn vision_cost(&self, pixels: &Pixels, bytes: u64) -> Cost {
         let (vision, [pictures, states]) = (&self.vision_config, pixels.shape());
-        vision.cost(pixels, vision.num_hidden_layers, Rows::All, bytes) + vision.norm_cost(pictures * states, bytes)
+        vision.cost(pixels, vision.num_hidden_layers, None, bytes) + vision.norm_cost(pictures * states, bytes)
     }
 
     /// FLOPs and bytes of the answers of a picture's states, with so many words beside the queries.
@@ -135,7 +134,7 @@ impl Eyes {
     /// `norm` is what the Q-Former calls the norm of its embeddings.
     fn load(cfg: Blip2Config, norm: &str, vb: &VarBuilder) -> Result<Self> {
         Ok(Self {
-            vision_model: VisionTower::load(&cfg.vision_config, Rows::All, vb.pp("vision_model"))?,
+            vision_model: VisionTower::load(&cfg.vision_config, None, vb.pp("vision_model"))?,
             qformer: QFormer::load(&cfg.qformer_config, cfg.num_query_tokens, norm, vb.clone())?,
             bytes: vb.dtype().size_in_bytes() as u64,
             cfg,

@@ -8,21 +8,22 @@ use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
 use roofbench_core::classify::label_count;
 use roofbench_core::config;
-use roofbench_core::cost::{self, Cost, Norm, PhaseCost};
+use roofbench_core::cost::{self, AttentionRows, Cost, Norm, PhaseCost};
 use roofbench_core::inputs::{Inputs, in_range, zero_or_one};
 use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Result, Session, SessionError, Tensors};
 use roofbench_core::weights::{AliasRule, AliasScope};
 use roofbench_nn::activation::Activation;
-use roofbench_nn::attention::{Mask, Pattern};
+use roofbench_nn::attention::{Mask, Pattern, Rows};
 use roofbench_nn::embedding::Embedding;
 use roofbench_nn::gather::{RowIndex, gather};
 use roofbench_nn::kernels::isa;
+use roofbench_nn::layer::{EncoderLayer, encode};
 use roofbench_nn::linear::Linear;
 use roofbench_nn::norm::LayerNorm;
 use roofbench_nn::pooling::global_avg_pool_2d;
 use serde::Deserialize;
 
-use super::encoder_layer::{EncoderLayer, EncoderLayerConfig, Projections, Rows};
+use super::encoder_layer::{EncoderLayerConfig, Projections};
 use super::vision_tower::{Form, Pixels, VisionTower, VisionTowerConfig};
 use super::{forward_phase, named, products, products_cost, unit_rows, unit_rows_cost};
 
@@ -145,7 +146,7 @@ impl ClipTextConfig {
         let (tokens, hidden) = (batch * seq, self.hidden_size as u64);
         cost::embedding(tokens, hidden, bytes) * 2 // tokens and positions
             + cost::elementwise(tokens * hidden, 1) // their sum
-            + self.layer().cost([batch, seq], Rows::All, bytes) * self.num_hidden_layers as u64
+            + self.layer().cost(bytes).encoder(AttentionRows::causal(batch, seq, 0)) * self.num_hidden_layers as u64
     }
 
     fn norm_cost(&self, rows: u64, bytes: u64) -> Cost {
@@ -205,7 +206,7 @@ struct TextTower {
 impl TextTower {
     fn load(cfg: &ClipTextConfig, vb: VarBuilder) -> Result<Self> {
         let (hidden, embeddings) = (cfg.hidden_size, vb.pp("embeddings"));
-        let layer = |i: usize| EncoderLayer::load(&cfg.layer(), Rows::All, vb.pp("encoder.layers").pp(i));
+        let layer = |i: usize| cfg.layer().load(false, vb.pp("encoder.layers").pp(i));
         let positions = cfg.max_position_embeddings;
         Ok(Self {
             token_embedding: Embedding::load(cfg.vocab_size, hidden, embeddings.pp("token_embedding"))?,
@@ -222,7 +223,7 @@ impl TextTower {
         let x = self.token_embedding.forward(&tokens.input_ids)?; // (batch, seq, hidden)
         roofbench_nn::cost::elementwise(x.elem_count(), 1);
         let x = x.broadcast_add(&self.position_embedding.forward(&tokens.position_ids)?)?;
-        self.layers.iter().try_fold(x, |x, layer| layer.forward(&x, mask.as_ref()))
+        encode(&self.layers, x, &Rows::All, mask.as_ref())
     }
 
     /// The states at the end of each sequence: (batch, seq, hidden) → (batch, hidden).
@@ -315,7 +316,7 @@ impl ClipConfig {
         let text = self.text.cost([texts, seq], bytes) // the end of each sequence goes on
             + self.text.norm_cost(texts, bytes)
             + project(texts, self.text.hidden_size);
-        let vision = self.vision.cost(pixels, self.vision.num_hidden_layers, Rows::First, bytes)
+        let vision = self.vision.cost(pixels, self.vision.num_hidden_layers, Some(1), bytes)
             + self.vision.norm_cost(pictures, bytes)
             + project(pictures, self.vision.hidden_size);
         text + vision + unit_rows_cost(texts + pictures, width) + products_cost([texts, pictures], width, bytes)
@@ -349,7 +350,7 @@ impl ClipModel {
         let scale = f64::from(vb.get((), "logit_scale")?.to_dtype(DType::F32)?.to_scalar::<f32>()?).exp();
         Ok(Self {
             text_model: TextTower::load(&cfg.text, vb.pp("text_model"))?,
-            vision_model: VisionTower::load(&cfg.vision, Rows::First, vb.pp("vision_model"))?,
+            vision_model: VisionTower::load(&cfg.vision, Some(1), vb.pp("vision_model"))?,
             text_projection: project(cfg.text.hidden_size, "text_projection")?,
             visual_projection: project(cfg.vision.hidden_size, "visual_projection")?,
             scale,
@@ -495,7 +496,7 @@ impl ClipVisionModel {
             }
         };
         Ok(Self {
-            vision_model: VisionTower::load(&cfg, Rows::All, at)?,
+            vision_model: VisionTower::load(&cfg, None, at)?,
             cfg,
             head,
             bytes: spec.dtype.size_in_bytes() as u64,
@@ -548,7 +549,7 @@ impl Session for ClipVisionModel {
                     + layer(classifier)
             }
         };
-        let tower = self.cfg.cost(&pixels, self.cfg.num_hidden_layers, Rows::All, self.bytes);
+        let tower = self.cfg.cost(&pixels, self.cfg.num_hidden_layers, None, self.bytes);
         Ok(forward_phase(tower + head))
     }
 
@@ -641,7 +642,7 @@ mod tests {
         let inputs = [("pixel_values".to_owned(), values)];
         let call = Call { method: "forward".into(), inputs: inputs.into(), ..Call::default() };
         let pixels = Pixels::read(&cfg.vision, &Inputs::forward(&call, &["pixel_values"], &[])?)?;
-        let vision = cfg.vision.cost(&pixels, 12, Rows::All, 4).flops as f64 / 2e9;
+        let vision = cfg.vision.cost(&pixels, 12, None, 4).flops as f64 / 2e9;
         assert!((0.98..1.03).contains(&(text / 2.98)) && (0.98..1.03).contains(&(vision / 4.41)), "{text} {vision}");
         Ok(())
     }

@@ -1,12 +1,12 @@
 //! A transformer layer with normalisation before each half, as the towers of CLIP, of BLIP and of their successors have it.
 //! Source: CLIP (arXiv:2103.00020).
 
-use candle_core::Tensor;
 use candle_nn::VarBuilder;
-use roofbench_core::cost::{self, Cost, Norm};
+use roofbench_core::cost;
 use roofbench_core::session::Result;
 use roofbench_nn::activation::Activation;
-use roofbench_nn::attention::{Attention, EncoderAttention, FirstRows, Mask, Pattern, SelfAttention};
+use roofbench_nn::attention::{Attention, Pattern, SelfAttention};
+use roofbench_nn::layer::{EncoderLayer, FeedForwardHalf, NormPlacement, SelfAttentionHalf};
 use roofbench_nn::linear::Linear;
 use roofbench_nn::mlp::Mlp;
 use roofbench_nn::norm::LayerNorm;
@@ -21,15 +21,6 @@ pub enum Projections {
         /// `qkv` has biases.
         bias: bool,
     },
-}
-
-/// The rows of a layer that are used behind it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Rows {
-    /// All.
-    All,
-    /// The first, the class token, alone: nothing else is computed but its keys and values.
-    First,
 }
 
 /// What a layer is made of; the names are those of config.json.
@@ -52,109 +43,48 @@ pub struct EncoderLayerConfig {
 }
 
 impl EncoderLayerConfig {
-    fn attention(&self) -> Attention {
-        let heads = self.num_attention_heads;
-        Attention { heads, kv_heads: heads, head_dim: self.hidden_size / heads, scale: None, pattern: self.pattern }
-    }
-
-    /// FLOPs and bytes of a layer over (batch, seq) rows, of which `rows` are used.
-    pub fn cost(&self, [batch, seq]: [u64; 2], rows: Rows, bytes: u64) -> Cost {
-        let [hidden, inner, heads] =
-            [self.hidden_size, self.intermediate_size, self.num_attention_heads].map(|size| size as u64);
-        let queries = if rows == Rows::All { seq } else { 1 };
-        let (tokens, used) = (batch * seq, batch * queries);
+    /// The sizes that costs follow from, for elements of so many bytes.
+    pub fn cost(&self, bytes: u64) -> cost::Layer {
+        let [hidden, heads, inner] =
+            [self.hidden_size, self.num_attention_heads, self.intermediate_size].map(|size| size as u64);
         let qkv_bias = self.projections != Projections::Fused { bias: false };
-        let project = |rows, width| cost::linear(rows, hidden, width, qkv_bias, bytes);
-        let norm = |rows| cost::norm(Norm::Layer, rows, hidden, bytes);
-        let residual = cost::elementwise(used * hidden, 1);
-        let visible_pairs = match self.pattern {
-            Pattern::Full => cost::full_pairs(queries, seq),
-            Pattern::Causal => cost::causal_pairs(seq, 0),
-            Pattern::Sliding(window) => cost::window_pairs(seq, 0, Some(window as u64)),
-        };
-        let head_dim = hidden / heads;
-        let attention = cost::Attention { batch, heads, kv_heads: heads, head_dim, queries, cached: 0, visible_pairs };
-        norm(tokens)
-            + project(used, hidden) // query
-            + project(tokens, 2 * hidden) // key and value
-            + attention.cost(bytes)
-            + cost::linear(used, hidden, hidden, true, bytes)
-            + residual
-            + norm(used)
-            + cost::linear(used, hidden, inner, true, bytes)
-            + cost::elementwise(used * inner, 1) // the activation, one whichever it is
-            + cost::linear(used, inner, hidden, true, bytes)
-            + residual
+        cost::Layer { hidden, heads, head_dim: hidden / heads, inner, qkv_bias, norm_before: true, bytes }
     }
-}
 
-/// A layer: `self_attn`, `mlp` and the norm before each, `layer_norm1` and `layer_norm2`.
-pub struct EncoderLayer {
-    layer_norm1: LayerNorm,
-    self_attn: EncoderAttention,
-    projection: Linear,
-    layer_norm2: LayerNorm,
-    mlp: Mlp,
-}
-
-impl EncoderLayer {
-    /// Reads a layer of which `rows` are used.
+    /// Reads `self_attn`, `mlp` and the norm before each, `layer_norm1` and `layer_norm2`. `some_rows`: some rows alone will
+    /// be wanted.
     ///
     /// # Errors
-    /// When a tensor is missing or has another shape, or one row is used of a layer in which it does not see all.
-    pub fn load(cfg: &EncoderLayerConfig, rows: Rows, vb: VarBuilder) -> Result<Self> {
-        let (hidden, attention, attn) = (cfg.hidden_size, cfg.attention(), vb.pp("self_attn"));
-        let qkv = ["q_proj", "k_proj", "v_proj"];
-        let (self_attn, projection) = match (cfg.projections, rows) {
-            (Projections::Separate, Rows::All) => {
-                (EncoderAttention::All(SelfAttention::load(hidden, attention, qkv, true, attn.clone())?), "out_proj")
+    /// When a tensor is missing or has another shape.
+    pub fn load(&self, some_rows: bool, vb: VarBuilder) -> Result<EncoderLayer> {
+        let (hidden, heads, attn) = (self.hidden_size, self.num_attention_heads, vb.pp("self_attn"));
+        let heads = Attention { heads, kv_heads: heads, head_dim: hidden / heads, scale: None, pattern: self.pattern };
+        let (attention, projection) = match self.projections {
+            Projections::Separate => {
+                let load = if some_rows { SelfAttention::load_for_rows } else { SelfAttention::load };
+                (load(hidden, heads, ["q_proj", "k_proj", "v_proj"], true, attn.clone())?, "out_proj")
             }
-            (Projections::Separate, Rows::First) => {
-                (EncoderAttention::First(FirstRows::load(hidden, attention, qkv, true, attn.clone())?), "out_proj")
-            }
-            (Projections::Fused { bias }, Rows::All) => {
-                let qkv = Linear::load(hidden, 3 * hidden, bias, attn.pp("qkv"))?;
-                (EncoderAttention::All(SelfAttention::new(qkv, attention)?), "projection")
-            }
-            (Projections::Fused { bias }, Rows::First) => {
+            Projections::Fused { bias } => {
                 let qkv = attn.pp("qkv");
                 let weight = qkv.get((3 * hidden, hidden), "weight")?;
                 let bias = bias.then(|| qkv.get(3 * hidden, "bias")).transpose()?;
-                let part = |begin: usize, width: usize| {
-                    let bias = bias.as_ref().map(|bias| bias.narrow(0, begin, width)).transpose()?;
-                    Linear::new(&weight.narrow(0, begin, width)?, bias.as_ref())
-                };
-                let attention = FirstRows::new(part(0, hidden)?, part(hidden, 2 * hidden)?, attention)?;
-                (EncoderAttention::First(attention), "projection")
+                (SelfAttention::from_weights(&weight, bias.as_ref(), heads, some_rows)?, "projection")
             }
         };
-        let norm = |name: &str| LayerNorm::load(hidden, cfg.layer_norm_eps, vb.pp(name));
-        let sizes = [hidden, cfg.intermediate_size];
-        Ok(Self {
-            layer_norm1: norm("layer_norm1")?,
-            self_attn,
-            projection: Linear::load(hidden, hidden, true, attn.pp(projection))?,
-            layer_norm2: norm("layer_norm2")?,
-            mlp: Mlp::load(sizes, cfg.hidden_act, true, ["fc1", "fc2"], vb.pp("mlp"))?,
+        let output = Linear::load(hidden, hidden, true, attn.pp(projection))?;
+        let norm = |name: &str| LayerNorm::load(hidden, self.layer_norm_eps, vb.pp(name));
+        let mlp = Mlp::load([hidden, self.intermediate_size], self.hidden_act, true, ["fc1", "fc2"], vb.pp("mlp"))?;
+        Ok(EncoderLayer {
+            attention: SelfAttentionHalf::new(attention, output, norm("layer_norm1")?, NormPlacement::Before),
+            feed_forward: FeedForwardHalf::new(mlp, norm("layer_norm2")?, NormPlacement::Before),
         })
-    }
-
-    /// # Shapes
-    /// (batch, seq, hidden) → (batch, seq, hidden), or (batch, 1, hidden) where the first row alone is used.
-    ///
-    /// # Errors
-    /// As for [`Attention::forward`].
-    pub fn forward(&self, x: &Tensor, mask: Option<&Mask>) -> Result<Tensor> {
-        let normed = self.layer_norm1.forward(x)?;
-        let (attended, x) = self.self_attn.forward(&normed, x, Some(1), mask)?;
-        let x = self.projection.forward_add(&attended, &x)?;
-        self.mlp.forward_add(&self.layer_norm2.forward(&x)?, &x)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{DType, Device};
+    use candle_core::{DType, Device, Tensor};
+    use roofbench_core::cost::AttentionRows;
     use roofbench_core::weights::{HubOptions, Source, Weights};
 
     use super::*;
@@ -174,12 +104,13 @@ mod tests {
                 pattern: Pattern::Full,
             };
             let weights = Weights::open(&Source::Synthetic { seed: 0 }, &[], "Layer", &HubOptions::default())?;
-            let load = |rows| EncoderLayer::load(&cfg, rows, weights.var_builder(DType::F32, &Device::Cpu));
             let x = Tensor::randn(0f32, 1.0, (2, 5, 12), &Device::Cpu)?;
-            let [(all, whole), (first, part)] = [Rows::All, Rows::First].map(|rows| {
-                let layer = load(rows).expect("a layer");
-                let (y, recorded) = roofbench_nn::cost::record(|| layer.forward(&x, None));
-                assert_eq!(recorded.flops, cfg.cost([2, 5], rows, 4).flops, "{projections:?}, {rows:?}");
+            let [(all, whole), (first, part)] = [None, Some(1)].map(|first: Option<usize>| {
+                let vb = weights.var_builder(DType::F32, &Device::Cpu);
+                let layer = cfg.load(first.is_some(), vb).expect("a layer");
+                let (y, recorded) = roofbench_nn::cost::record(|| layer.forward(&x, &first.into(), None));
+                let rows = AttentionRows::some(2, 5, first.unwrap_or(5) as u64);
+                assert_eq!(recorded.flops, cfg.cost(4).encoder(rows).flops, "{projections:?}, {first:?}");
                 (y.expect("states"), recorded.flops)
             });
             assert_eq!(first.dims(), [2, 1, 12]);

@@ -12,7 +12,7 @@ use roofbench_core::inputs::{Inputs, in_range, zero_or_one};
 use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Result, Session, SessionError, Tensors};
 use roofbench_core::weights::{AliasRule, AliasScope};
 use roofbench_nn::activation::Activation;
-use roofbench_nn::attention::Mask;
+use roofbench_nn::attention::{Mask, Rows};
 use roofbench_nn::conv::{Conv2d, Conv2dConfig, to_channels_first, to_channels_last};
 use roofbench_nn::kernels::isa;
 use roofbench_nn::linear::Linear;
@@ -365,14 +365,14 @@ impl Tower {
 
     /// `x` is (batch, seq, hidden).
     fn forward(&self, x: Tensor, mask: Option<&Mask>) -> Result<States> {
-        let last = self.encoder.forward(x, None, mask)?;
+        let last = self.encoder.forward(x, &Rows::All, mask)?;
         let normed = self.layernorm.forward(&last)?;
         let pooled = self.pooler.forward(&normed)?;
         Ok(States { last, normed, pooled })
     }
 
     fn cost(cfg: &EncoderConfig, [batch, seq]: [usize; 2], bytes: u64) -> Cost {
-        Encoder::cost(cfg, [batch, seq], None, bytes)
+        Encoder::cost(cfg, [batch, seq], seq, bytes)
             + cost::norm(Norm::Layer, (batch * seq) as u64, cfg.hidden_size as u64, bytes)
             + Pooler::cost(batch, cfg.hidden_size, bytes)
     }

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
 use roofbench_core::config::{self, invalid};
-use roofbench_core::cost::{self, Cost, Norm, PhaseCost};
+use roofbench_core::cost::{self, AttentionRows, Cost, Norm, PhaseCost};
 use roofbench_core::generation::Generation;
 use roofbench_core::inputs::{Inputs, in_range, unsupported_method, zero_or_one};
 use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Result, Session, SessionError, Tensors};
@@ -20,15 +20,15 @@ use roofbench_nn::attention::Pattern;
 use roofbench_nn::decoding::Decoding;
 use roofbench_nn::embedding::Embedding;
 use roofbench_nn::kernels::isa;
+use roofbench_nn::layer::EncoderLayer;
 use roofbench_nn::linear::Linear;
 use roofbench_nn::norm::LayerNorm;
 use roofbench_text::causal::{DecoderShape, Pass, at_the_end};
-use roofbench_text::models::bert_layer::{BertLayerConfig, FeedForwardHalf, SelfAttentionHalf};
+use roofbench_text::models::bert_layer::BertLayerConfig;
 use roofbench_text::seq2seq;
 use roofbench_vision::models::activation_dtype;
 use serde::Deserialize;
 
-use super::encoder_layer::Rows;
 use super::vision_tower::{Form, Pixels, VisionTower, VisionTowerConfig};
 use super::{forward_phase, named};
 
@@ -140,8 +140,7 @@ impl GitConfig {
     /// values alone, in the one product that gives queries too.
     fn look_cost(&self, [batch, rows]: [u64; 2], states: bool, bytes: u64) -> Cost {
         let (layer, layers, hidden) = (self.layer(), self.num_hidden_layers as u64, self.hidden_size as u64);
-        let whole =
-            layer.self_attention_cost([batch, rows, 0], false, bytes) + layer.feed_forward_cost(batch * rows, bytes);
+        let whole = layer.cost(bytes).encoder(AttentionRows::full(batch, rows));
         match states {
             true => whole * layers,
             false => whole * (layers - 1) + cost::linear(batch * rows, hidden, 3 * hidden, true, bytes),
@@ -151,12 +150,11 @@ impl GitConfig {
     /// FLOPs and bytes of a pass over tokens, before which `cached` rows are of pictures or of text.
     fn read_cost(&self, pass: Pass, bytes: u64) -> Cost {
         let Pass { batch, seq, cached, logits } = pass;
-        let (layer, tokens, hidden) = (self.layer(), batch * seq, self.hidden_size as u64);
+        let (tokens, hidden) = (batch * seq, self.hidden_size as u64);
         cost::embedding(tokens, hidden, bytes) * 2 // words and positions
             + cost::elementwise(tokens * hidden, 1) // their sum
             + cost::norm(Norm::Layer, tokens, hidden, bytes)
-            + (layer.self_attention_cost([batch, seq, cached], true, bytes) + layer.feed_forward_cost(tokens, bytes))
-                * self.num_hidden_layers as u64
+            + self.layer().cost(bytes).encoder(AttentionRows::causal(batch, seq, cached)) * self.num_hidden_layers as u64
             + cost::linear(batch * logits, hidden, self.vocab_size as u64, true, bytes)
     }
 }
@@ -300,25 +298,6 @@ impl Request {
     }
 }
 
-struct Layer {
-    attention: SelfAttentionHalf,
-    feed_forward: FeedForwardHalf,
-}
-
-impl Layer {
-    fn load(cfg: &BertLayerConfig, vb: VarBuilder) -> Result<Self> {
-        Ok(Self {
-            attention: SelfAttentionHalf::load(cfg, Pattern::Causal, "self", vb.pp("attention"))?,
-            feed_forward: FeedForwardHalf::load(cfg, ["intermediate", "output"], vb)?,
-        })
-    }
-
-    /// `x` and the result are (batch, seq, hidden).
-    fn forward(&self, pattern: Pattern, i: usize, x: &Tensor, decoding: &mut Decoding) -> Result<Tensor> {
-        self.feed_forward.forward(&self.attention.step_as(pattern, i, x, decoding)?)
-    }
-}
-
 /// `GitForCausalLM`.
 pub struct GitModel {
     cfg: GitConfig,
@@ -329,7 +308,7 @@ pub struct GitModel {
     word_embeddings: Embedding,
     position_embeddings: Embedding,
     layer_norm: LayerNorm,
-    layers: Vec<Layer>,
+    layers: Vec<EncoderLayer>,
     output: Linear,
     spec: ModelSpec,
     bytes: u64,
@@ -362,9 +341,15 @@ impl GitModel {
             Some(frames) => Some(Tensor::stack(&(0..frames).map(frame).collect::<Result<Vec<_>>>()?, 1)?),
         };
         let projection = git.pp("visual_projection.visual_projection");
-        let layer = |i: usize| Layer::load(&cfg.layer(), git.pp("encoder.layer").pp(i));
+        let layer = |i: usize| {
+            let vb = git.pp("encoder.layer").pp(i);
+            Ok(EncoderLayer {
+                attention: cfg.layer().self_attention(Pattern::Causal, "self", false, vb.pp("attention"))?,
+                feed_forward: cfg.layer().feed_forward(["intermediate", "output"], vb)?,
+            })
+        };
         Ok(Self {
-            image_encoder: VisionTower::load(&vision, Rows::All, git.pp("image_encoder.vision_model"))?,
+            image_encoder: VisionTower::load(&vision, None, git.pp("image_encoder.vision_model"))?,
             img_temporal_embedding,
             visual_projection: (
                 Linear::load(eyes, hidden, true, projection.pp(0))?,
@@ -416,7 +401,7 @@ impl GitModel {
             if i + 1 == self.layers.len() && !states {
                 layer.attention.keep(i, &x, decoding)?;
             } else {
-                x = layer.forward(Pattern::Full, i, &x, decoding)?;
+                x = layer.feed_forward.forward(&layer.attention.step_as(Pattern::Full, i, &x, decoding)?)?;
             }
         }
         Ok(x)
@@ -429,7 +414,7 @@ impl GitModel {
         let x = x.broadcast_add(&self.position_embeddings.forward(position_ids)?)?;
         let x = self.layer_norm.forward(&x)?;
         let mut layers = self.layers.iter().enumerate();
-        layers.try_fold(x, |x, (i, layer)| layer.forward(Pattern::Causal, i, &x, decoding))
+        layers.try_fold(x, |x, (i, layer)| layer.feed_forward.forward(&layer.attention.step(i, &x, decoding)?))
     }
 
     fn forward(&self, request: &Request) -> Result<Tensors, SessionError> {
@@ -488,8 +473,8 @@ impl GitModel {
         let rows = pixels.shape().into_iter().product::<u64>();
         let [eyes, hidden] = [self.vision.hidden_size, self.cfg.hidden_size].map(|size| size as u64);
         let moments = if visual.frames.is_some() { cost::elementwise(rows * eyes, 1) } else { Cost::default() };
-        let tower = self.vision.cost(&pixels, self.vision.num_hidden_layers, Rows::All, bytes)
-            + self.vision.norm_cost(rows, bytes);
+        let tower =
+            self.vision.cost(&pixels, self.vision.num_hidden_layers, None, bytes) + self.vision.norm_cost(rows, bytes);
         let projection = cost::linear(rows, eyes, hidden, true, bytes) + cost::norm(Norm::Layer, rows, hidden, bytes);
         let layers = self.cfg.look_cost([request.batch as u64, request.seen as u64], states, bytes);
         Ok(tower + moments + projection + layers)

@@ -7,16 +7,17 @@ use std::collections::BTreeMap;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use roofbench_core::config;
-use roofbench_core::cost::{self, Cost, Norm, PhaseCost};
+use roofbench_core::cost::{self, AttentionRows, Cost, Norm, PhaseCost};
 use roofbench_core::inputs::{Inputs, in_range};
 use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Result, Session, SessionError, Tensors};
 use roofbench_core::weights::{AliasRule, AliasScope};
 use roofbench_nn::activation::Activation;
-use roofbench_nn::attention::{Mask, Pattern};
+use roofbench_nn::attention::{Attention, Mask, Pattern, Rows, SelfAttention};
 use roofbench_nn::conv::{Conv2d, Conv2dConfig};
 use roofbench_nn::embedding::Embedding;
 use roofbench_nn::gather::RowIndex;
 use roofbench_nn::kernels::isa;
+use roofbench_nn::layer::{EncoderLayer, FeedForwardHalf, NormPlacement, SelfAttentionHalf, encode};
 use roofbench_nn::linear::Linear;
 use roofbench_nn::mlp::Mlp;
 use roofbench_nn::norm::LayerNorm;
@@ -26,7 +27,6 @@ use roofbench_vision::models::activation_dtype;
 use serde::Deserialize;
 
 use super::clip::{UNKNOWN_END, end};
-use super::pre_norm_layer::{LayerSizes, PreNormLayer, Rows, SplitAttention};
 use super::{forward_phase, unit_rows, unit_rows_cost};
 
 /// The classes that run.
@@ -213,15 +213,15 @@ impl ImageBindConfig {
             ("thermal_kernel_size", cfg.thermal_kernel_size),
         ])?;
         for modality in Modality::ALL {
-            let (sizes, blocks) = cfg.tower(modality);
+            let TowerSizes { hidden, blocks, heads } = cfg.tower(modality);
             let field = |end: &str| format!("{}_{end}", modality.name());
             let (embed_dim, num_heads) = (field("embed_dim"), field("num_heads"));
             config::sizes(&[
-                (embed_dim.as_str(), sizes.hidden),
-                (num_heads.as_str(), sizes.heads),
+                (embed_dim.as_str(), hidden),
+                (num_heads.as_str(), heads),
                 (field("num_blocks").as_str(), blocks),
             ])?;
-            config::multiple((embed_dim.as_str(), sizes.hidden), (num_heads.as_str(), sizes.heads))?;
+            config::multiple((embed_dim.as_str(), hidden), (num_heads.as_str(), heads))?;
         }
         let vision = cfg.vision_grid([cfg.video_frames, cfg.image_size, cfg.image_size]);
         for (field, count) in [
@@ -237,8 +237,7 @@ impl ImageBindConfig {
         Ok(cfg)
     }
 
-    /// Sizes and number of a tower's layers.
-    fn tower(&self, modality: Modality) -> (LayerSizes, usize) {
+    fn tower(&self, modality: Modality) -> TowerSizes {
         let (hidden, blocks, heads) = match modality {
             Modality::Vision => (self.vision_embed_dim, self.vision_num_blocks, self.vision_num_heads),
             Modality::Text => (self.text_embed_dim, self.text_num_blocks, self.text_num_heads),
@@ -247,7 +246,7 @@ impl ImageBindConfig {
             Modality::Thermal => (self.thermal_embed_dim, self.thermal_num_blocks, self.thermal_num_heads),
             Modality::Imu => (self.imu_embed_dim, self.imu_num_blocks, self.imu_num_heads),
         };
-        (LayerSizes { hidden, heads, inner: 4 * hidden, qkv_bias: true }, blocks)
+        TowerSizes { hidden, blocks, heads }
     }
 
     /// Patches of a video in time, rows and columns; a single frame is repeated.
@@ -278,6 +277,21 @@ impl ImageBindConfig {
     }
 }
 
+/// Width, layers and attention heads of a tower.
+#[derive(Debug, Clone, Copy)]
+struct TowerSizes {
+    hidden: usize,
+    blocks: usize,
+    heads: usize,
+}
+
+impl TowerSizes {
+    /// Width inside the feed-forward half.
+    fn inner(&self) -> usize {
+        4 * self.hidden
+    }
+}
+
 /// From an input to tokens.
 enum Stem {
     Video(PatchEmbed3d),
@@ -290,7 +304,7 @@ enum Stem {
 impl Stem {
     /// `vb` is the modality's preprocessor.
     fn load(cfg: &ImageBindConfig, modality: Modality, vb: VarBuilder) -> Result<Self> {
-        let hidden = cfg.tower(modality).0.hidden;
+        let hidden = cfg.tower(modality).hidden;
         let norm = |stem: &str| LayerNorm::load(hidden, STEM_EPS, vb.pp(stem).pp("norm_layer"));
         let picture = |kernel: usize, stem: &str| {
             let patches = PatchEmbed::load(1, hidden, (kernel, kernel), false, vb.pp(stem).pp("proj"))?;
@@ -353,7 +367,7 @@ struct Tower {
     positions: Tensor,
     /// Of the vision tower.
     pre_norm: Option<LayerNorm>,
-    blocks: Vec<PreNormLayer>,
+    blocks: Vec<EncoderLayer>,
     head_norm: LayerNorm,
     head: Linear,
     /// What the embedding, which has length 1, is multiplied by.
@@ -363,8 +377,8 @@ struct Tower {
 impl Tower {
     /// `vb` is the checkpoint's root.
     fn load(cfg: &ImageBindConfig, modality: Modality, vb: VarBuilder) -> Result<Self> {
-        let (sizes, blocks) = cfg.tower(modality);
-        let (hidden, name) = (sizes.hidden, modality.name());
+        let (sizes, name) = (cfg.tower(modality), modality.name());
+        let TowerSizes { hidden, blocks, .. } = sizes;
         let [preprocessor, trunk, head] =
             ["preprocessors", "trunks", "heads"].map(|part| vb.pp(format!("modality_{part}")).pp(name));
         let dtype = activation_dtype(vb.dtype(), vb.device());
@@ -379,10 +393,10 @@ impl Tower {
         let pre_norm =
             (modality == Modality::Vision).then(|| LayerNorm::load(hidden, EPS, trunk.pp("pre_transformer_layer.0")));
         let block = |i: usize| {
+            let last = i + 1 == blocks;
             // the only query of a text's last layer is its end, which sees what a mask shows
-            let causal = modality == Modality::Text && i + 1 < blocks;
-            let pattern = if causal { Pattern::Causal } else { Pattern::Full };
-            load_block(&sizes, pattern, modality.has_extra_key(), trunk.pp("blocks").pp(i))
+            let pattern = if modality == Modality::Text && !last { Pattern::Causal } else { Pattern::Full };
+            load_block(sizes, pattern, last, modality.has_extra_key(), trunk.pp("blocks").pp(i))
         };
         let [head_norm, linear] = match modality {
             Modality::Text => ["proj.0", "proj.1"],
@@ -417,7 +431,7 @@ impl Tower {
         if let Some(norm) = &self.pre_norm {
             x = norm.forward(&x)?;
         }
-        let (last_rows, mask) = match &input.ends {
+        let (rows, mask) = match &input.ends {
             Some(ends) => {
                 let row = |(item, end): (usize, &usize)| Some(item * CONTEXT + end);
                 let rows = RowIndex::new(items * CONTEXT, (items, 1), ends.iter().enumerate().map(row))?;
@@ -427,11 +441,7 @@ impl Tower {
             }
             None => (Rows::Range { start: 0, len: 1 }, None),
         };
-        let (last, all) = (self.blocks.len() - 1, Rows::All);
-        for (i, block) in self.blocks.iter().enumerate() {
-            let (rows, mask) = if i == last { (&last_rows, mask.as_ref()) } else { (&all, None) };
-            x = block.forward(&x, rows, mask)?;
-        }
+        let x = encode(&self.blocks, x, &rows, mask.as_ref())?; // (items, 1, hidden)
         let x = self.head.forward(&self.head_norm.forward(&x.squeeze(1)?)?)?; // (items, width)
         let x = unit_rows(&x)?;
         match self.scale {
@@ -455,21 +465,30 @@ impl Tower {
     }
 }
 
-fn load_block(sizes: &LayerSizes, pattern: Pattern, extra_key: bool, vb: VarBuilder) -> Result<PreNormLayer> {
-    let (hidden, attn) = (sizes.hidden, vb.pp("attn"));
+/// Of the `last` layer one row is wanted.
+fn load_block(
+    sizes: TowerSizes,
+    pattern: Pattern,
+    last: bool,
+    extra_key: bool,
+    vb: VarBuilder,
+) -> Result<EncoderLayer> {
+    let (TowerSizes { hidden, heads, .. }, attn) = (sizes, vb.pp("attn"));
+    let attention = Attention { heads, kv_heads: heads, head_dim: hidden / heads, scale: None, pattern };
     let weight = attn.get((3 * hidden, hidden), "in_proj_weight")?;
     let bias = attn.get(3 * hidden, "in_proj_bias")?;
-    let extra = extra_key.then(|| {
-        let [key, value] = ["bias_k", "bias_v"].map(|name| attn.get((1, 1, hidden), name));
-        Tensor::cat(&[key?, value?], 2)?.to_dtype(activation_dtype(vb.dtype(), vb.device()))
-    });
+    let mut attention = SelfAttention::from_weights(&weight, Some(&bias), attention, last)?;
+    if extra_key {
+        let dtype = activation_dtype(vb.dtype(), vb.device());
+        let extra = |name: &str| attn.get((1, 1, hidden), name)?.to_dtype(dtype);
+        attention = attention.with_extra(extra("bias_k")?, extra("bias_v")?);
+    }
+    let output = Linear::load(hidden, hidden, true, attn.pp("out_proj"))?;
+    let mlp = Mlp::load([hidden, sizes.inner()], Activation::Gelu, true, ["fc1", "fc2"], vb.pp("mlp"))?;
     let norm = |name: &str| LayerNorm::load(hidden, EPS, vb.pp(name));
-    Ok(PreNormLayer {
-        norm_before: norm("norm_1")?,
-        attention: SplitAttention::new(&weight, Some(&bias), extra.transpose()?, sizes.attention(pattern))?,
-        output: Linear::load(hidden, hidden, true, attn.pp("out_proj"))?,
-        norm_after: norm("norm_2")?,
-        mlp: Mlp::load([hidden, sizes.inner], Activation::Gelu, true, ["fc1", "fc2"], vb.pp("mlp"))?,
+    Ok(EncoderLayer {
+        attention: SelfAttentionHalf::new(attention, output, norm("norm_1")?, NormPlacement::Before),
+        feed_forward: FeedForwardHalf::new(mlp, norm("norm_2")?, NormPlacement::Before),
     })
 }
 
@@ -591,11 +610,12 @@ impl Input {
 
     /// FLOPs and bytes of its tower.
     fn cost(&self, cfg: &ImageBindConfig, bytes: u64) -> Cost {
-        let (sizes, blocks) = cfg.tower(self.modality);
+        let sizes = cfg.tower(self.modality);
         let class_token = u64::from(self.modality.has_class_token());
-        let [items, tokens, hidden, out, learned] =
-            [self.values.dims()[0], self.tokens, sizes.hidden, cfg.out_embed_dim, cfg.learned(self.modality)]
-                .map(|size| size as u64);
+        let [items, tokens, out, learned] =
+            [self.values.dims()[0], self.tokens, cfg.out_embed_dim, cfg.learned(self.modality)].map(|size| size as u64);
+        let [hidden, blocks, heads, inner] =
+            [sizes.hidden, sizes.blocks, sizes.heads, sizes.inner()].map(|size| size as u64);
         let (seq, cut) = (class_token + tokens, items * tokens);
         let keys = seq + u64::from(self.modality.has_extra_key());
         let norm = |rows| cost::norm(Norm::Layer, rows, hidden, bytes);
@@ -638,13 +658,15 @@ impl Input {
             Modality::Text => cost::causal_pairs(seq, 0),
             _ => cost::full_pairs(seq, keys),
         };
-        let layer = |queries, pairs| sizes.cost([items, seq], queries, pairs, bytes);
+        let layer =
+            cost::Layer { hidden, heads, head_dim: hidden / heads, inner, qkv_bias: true, norm_before: true, bytes };
+        let rows = |queries, visible_pairs| AttentionRows { visible_pairs, ..AttentionRows::some(items, seq, queries) };
         let scale = if self.modality == Modality::Vision { 0 } else { 1 };
         let mean = u64::from(self.clips.is_some());
-        let extra = u64::from(self.modality.has_extra_key()) * blocks as u64 * 2 * hidden;
+        let extra = u64::from(self.modality.has_extra_key()) * blocks * 2 * hidden;
         embeddings
-            + layer(seq, pairs) * (blocks as u64 - 1)
-            + layer(1, keys) // of the class token, or a text's end, alone
+            + layer.encoder(rows(seq, pairs)) * (blocks - 1)
+            + layer.encoder(rows(1, keys)) // of the class token, or a text's end, alone
             + Cost { weight_bytes: extra * bytes, ..Cost::default() } // a key and a value of each layer
             + norm(items)
             + cost::linear(items, hidden, out, false, bytes)

@@ -385,7 +385,7 @@ impl LayoutLmModel {
         roofbench_nn::cost::elementwise(first.elem_count(), others.len());
         let places = others.iter().try_fold(first, |sum, place| sum + place)?; // (batch, seq, hidden)
         let x = self.embeddings.forward_add(&words.ids, &places)?;
-        self.head.forward(self.encoder.forward(x, self.kind.rows(), mask.as_ref())?)
+        self.head.forward(self.encoder.forward(x, &self.kind.rows().into(), mask.as_ref())?)
     }
 }
 
@@ -439,7 +439,7 @@ fn forward_cost(cfg: &LayoutLmConfig, kind: HeadKind, [batch, seq]: [usize; 2], 
     };
     bert::Embeddings::cost(&bert, [batch, seq], bytes)
         + places
-        + Encoder::cost(&bert, [batch, seq], kind.rows(), bytes)
+        + Encoder::cost(&bert, [batch, seq], kind.rows().unwrap_or(seq), bytes)
         + head
 }
 

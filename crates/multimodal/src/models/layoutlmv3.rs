@@ -434,7 +434,8 @@ impl LayoutLmV3Model {
             (None, None) => candle_core::bail!("LayoutLMv3: neither words nor a page"), // refused when read
         };
         let bias = self.biases.forward(&self.cfg, inputs)?;
-        let x = self.encoder.forward(x, self.kind.rows(inputs.words()?), inputs.mask(&self.cfg, bias)?.as_ref())?;
+        let x =
+            self.encoder.forward(x, &self.kind.rows(inputs.words()?).into(), inputs.mask(&self.cfg, bias)?.as_ref())?;
         let Some(head) = &self.head else { return Ok(Tensors::from([("last_hidden_state".into(), x)])) };
         Ok(match self.kind {
             HeadKind::Answer => answer(&head.forward(&x)?)?,
@@ -627,7 +628,7 @@ fn forward_cost(
         HeadKind::Words { labels } | HeadKind::Page { labels } => two(labels),
         HeadKind::Answer => two(2),
     };
-    text + page + bias + Encoder::cost(&bert, [batch, seq], kind.rows(words), bytes) + head
+    text + page + bias + Encoder::cost(&bert, [batch, seq], kind.rows(words).unwrap_or(seq), bytes) + head
 }
 
 #[cfg(test)]

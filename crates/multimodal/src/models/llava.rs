@@ -19,7 +19,6 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::encoder_layer::Rows;
 use super::language_model::{LanguageModel, Prompt, TextConfig};
 use super::vision_tower::{Form, Pixels, VisionTower, VisionTowerConfig};
 
@@ -200,7 +199,7 @@ impl LlavaConfig {
         let (rows, bias) = (features.rows(), self.multimodal_projector_bias);
         let [from, width] = self.projector().map(|size| size as u64);
         let layers = features.depths.iter().copied().max().unwrap_or(0);
-        self.vision_config.cost(&features.pixels, layers, Rows::All, bytes)
+        self.vision_config.cost(&features.pixels, layers, None, bytes)
             + cost::linear(rows, from, width, bias, bytes)
             + cost::elementwise(rows * width, 1) // the activation, one whichever it is
             + cost::linear(rows, width, width, bias, bytes)
@@ -297,7 +296,7 @@ impl LlavaModel {
             fields.insert("text_config".to_owned(), text_config);
         }
         Ok(Self {
-            vision_tower: VisionTower::load(&cfg.vision_config, Rows::All, vb.pp("vision_tower"))?,
+            vision_tower: VisionTower::load(&cfg.vision_config, None, vb.pp("vision_tower"))?,
             multi_modal_projector: Mlp::new(linear_1, cfg.projector_hidden_act, linear_2)?,
             language_model: LanguageModel::load(&cfg.text_config, vb.pp("language_model"))?,
             bytes: spec.dtype.size_in_bytes() as u64,

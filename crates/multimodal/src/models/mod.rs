@@ -18,7 +18,6 @@ pub mod layoutlm;
 pub mod layoutlmv3;
 pub mod llava;
 pub mod pix2struct;
-pub(crate) mod pre_norm_layer;
 pub mod qformer;
 pub(crate) mod upstream;
 pub mod videomae;

@@ -6,15 +6,16 @@
 use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
 use roofbench_core::config;
-use roofbench_core::cost::{self, Cost, Norm};
+use roofbench_core::cost::{self, AttentionRows, Cost, Norm};
 use roofbench_core::inputs::{Inputs, in_range, zero_or_one};
 use roofbench_core::session::{ModelSpec, Result, SessionError};
 use roofbench_nn::activation::Activation;
 use roofbench_nn::attention::{Mask, Pattern};
 use roofbench_nn::cross_attention::Encoded;
 use roofbench_nn::embedding::Embedding;
+use roofbench_nn::layer::{CrossAttentionHalf, FeedForwardHalf, SelfAttentionHalf};
 use roofbench_nn::norm::LayerNorm;
-use roofbench_text::models::bert_layer::{BertLayerConfig, CrossAttentionHalf, FeedForwardHalf, SelfAttentionHalf};
+use roofbench_text::models::bert_layer::BertLayerConfig;
 use roofbench_vision::models::activation_dtype;
 use serde::Deserialize;
 
@@ -107,18 +108,17 @@ impl QFormerConfig {
     /// FLOPs and bytes of a pass over `queries` queries and `words` words an item, of which the former look at `states`
     /// states.
     pub fn cost(&self, batch: u64, [queries, words, states]: [u64; 3], bytes: u64) -> Cost {
-        let (layer, hidden, rows) = (self.layer(), self.hidden_size as u64, queries + words);
-        let feed_forward =
-            |rows| if rows == 0 { Cost::default() } else { layer.feed_forward_cost(batch * rows, bytes) };
+        let (layer, hidden, rows) = (self.layer().cost(bytes), self.hidden_size as u64, queries + words);
+        let feed_forward = |rows| if rows == 0 { Cost::default() } else { layer.feed_forward(batch * rows) };
         let looking = (0..self.num_hidden_layers).filter(|i| queries > 0 && self.looks(*i)).count() as u64;
         let embeddings = Cost { weight_bytes: queries * hidden * bytes, ..Cost::default() }
             + cost::embedding(batch * words, hidden, bytes) * 2 // words and positions
             + cost::elementwise(batch * words * hidden, 1) // their sum
             + cost::norm(Norm::Layer, batch * rows, hidden, bytes);
         embeddings
-            + (layer.self_attention_cost([batch, rows, 0], false, bytes) + feed_forward(queries) + feed_forward(words))
+            + (layer.self_attention(AttentionRows::full(batch, rows)) + feed_forward(queries) + feed_forward(words))
                 * self.num_hidden_layers as u64
-            + layer.cross_attention_cost([batch, queries], [states, self.states as u64], true, bytes) * looking
+            + layer.cross_attention([batch, queries], [states, self.states as u64], true) * looking
     }
 }
 
@@ -231,13 +231,13 @@ struct Layer {
 impl Layer {
     fn load(cfg: &QFormerConfig, i: usize, vb: VarBuilder) -> Result<Self> {
         let layer = cfg.layer();
-        let cross = || CrossAttentionHalf::load(&layer, cfg.states, "attention", vb.pp("crossattention"));
-        let words = || FeedForwardHalf::load(&layer, ["intermediate", "output"], vb.clone());
+        let cross = || layer.cross_attention(cfg.states, "attention", vb.pp("crossattention"));
+        let words = || layer.feed_forward(["intermediate", "output"], vb.clone());
         Ok(Self {
-            attention: SelfAttentionHalf::load(&layer, Pattern::Full, "attention", vb.pp("attention"))?,
+            attention: layer.self_attention(Pattern::Full, "attention", false, vb.pp("attention"))?,
             crossattention: cfg.looks(i).then(cross).transpose()?,
             words: cfg.use_qformer_text_input.then(words).transpose()?,
-            queries: FeedForwardHalf::load(&layer, ["intermediate_query", "output_query"], vb.clone())?,
+            queries: layer.feed_forward(["intermediate_query", "output_query"], vb.clone())?,
         })
     }
 
@@ -256,7 +256,7 @@ impl Layer {
         if let Some((_, encoded)) = looking {
             let x = x.narrow(1, 0, queries)?.contiguous()?;
             let x = match &self.crossattention {
-                Some(crossattention) => crossattention.forward(i, &x, encoded)?,
+                Some(crossattention) => crossattention.step(i, &x, encoded)?,
                 None => x,
             };
             parts.push(self.queries.forward(&x)?);

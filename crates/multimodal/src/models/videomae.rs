@@ -14,9 +14,10 @@ use roofbench_core::inputs::{Inputs, zero_or_one};
 use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Result, Session, SessionError, Tensors};
 use roofbench_core::weights::{AliasRule, AliasScope};
 use roofbench_nn::activation::Activation;
-use roofbench_nn::attention::Pattern;
+use roofbench_nn::attention::{Attention, Pattern, Rows, SelfAttention};
 use roofbench_nn::gather::{RowIndex, gather};
 use roofbench_nn::kernels::isa;
+use roofbench_nn::layer::{EncoderLayer, FeedForwardHalf, NormPlacement, SelfAttentionHalf, encode};
 use roofbench_nn::linear::Linear;
 use roofbench_nn::mlp::Mlp;
 use roofbench_nn::norm::LayerNorm;
@@ -26,7 +27,6 @@ use roofbench_vision::models::{HeightWidth, activation_dtype};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::pre_norm_layer::{LayerSizes, PreNormLayer, Rows, SplitAttention};
 use super::{forward_phase, named};
 
 /// The classes that run.
@@ -220,12 +220,7 @@ impl VideoMaeConfig {
     }
 
     fn layer(&self) -> LayerSizes {
-        LayerSizes {
-            hidden: self.hidden_size,
-            heads: self.num_attention_heads,
-            inner: self.intermediate_size,
-            qkv_bias: self.qkv_bias.or(self.qv_bias).unwrap_or(true),
-        }
+        LayerSizes { hidden: self.hidden_size, heads: self.num_attention_heads, inner: self.intermediate_size }
     }
 
     fn decoder_layer(&self) -> LayerSizes {
@@ -233,15 +228,26 @@ impl VideoMaeConfig {
             hidden: self.decoder_hidden_size,
             heads: self.decoder_num_attention_heads,
             inner: self.decoder_intermediate_size,
-            ..self.layer()
         }
     }
 
-    /// A layer of the encoder or of the decoder.
-    fn load_layer(&self, sizes: &LayerSizes, vb: VarBuilder) -> Result<PreNormLayer> {
-        let (hidden, qkv) = (sizes.hidden, vb.pp("attention.attention"));
+    fn has_qkv_bias(&self) -> bool {
+        self.qkv_bias.or(self.qv_bias).unwrap_or(true)
+    }
+
+    fn layer_cost(&self, sizes: LayerSizes, bytes: u64) -> cost::Layer {
+        let [hidden, heads, inner] = [sizes.hidden, sizes.heads, sizes.inner].map(|size| size as u64);
+        let (head_dim, qkv_bias) = (hidden / heads, self.has_qkv_bias());
+        cost::Layer { hidden, heads, head_dim, inner, qkv_bias, norm_before: true, bytes }
+    }
+
+    /// A layer of the encoder or of the decoder. `some_rows`: of which some rows alone are wanted.
+    fn load_layer(&self, sizes: LayerSizes, some_rows: bool, vb: VarBuilder) -> Result<EncoderLayer> {
+        let (LayerSizes { hidden, heads, inner }, qkv) = (sizes, vb.pp("attention.attention"));
+        let attention =
+            Attention { heads, kv_heads: heads, head_dim: hidden / heads, scale: None, pattern: Pattern::Full };
         let weights = ["query", "key", "value"].map(|name| qkv.pp(name).get((hidden, hidden), "weight"));
-        let bias = if sizes.qkv_bias {
+        let bias = if self.has_qkv_bias() {
             let (q_bias, v_bias) = (qkv.get(hidden, "q_bias")?, qkv.get(hidden, "v_bias")?);
             Some(Tensor::cat(&[&q_bias, &q_bias.zeros_like()?, &v_bias], 0)?)
         } else {
@@ -249,20 +255,23 @@ impl VideoMaeConfig {
         };
         let weight = Tensor::cat(&weights.into_iter().collect::<Result<Vec<_>>>()?, 0)?;
         let norm = |name: &str| LayerNorm::load(hidden, self.layer_norm_eps, vb.pp(name));
-        Ok(PreNormLayer {
-            norm_before: norm("layernorm_before")?,
-            attention: SplitAttention::new(&weight, bias.as_ref(), None, sizes.attention(Pattern::Full))?,
-            output: Linear::load(hidden, hidden, true, vb.pp("attention.output.dense"))?,
-            norm_after: norm("layernorm_after")?,
-            mlp: Mlp::load(
-                [hidden, sizes.inner],
-                self.hidden_act,
-                true,
-                ["intermediate.dense", "output.dense"],
-                vb.clone(),
-            )?,
+        let attention = SelfAttention::from_weights(&weight, bias.as_ref(), attention, some_rows)?;
+        let output = Linear::load(hidden, hidden, true, vb.pp("attention.output.dense"))?;
+        let names = ["intermediate.dense", "output.dense"];
+        let mlp = Mlp::load([hidden, inner], self.hidden_act, true, names, vb.clone())?;
+        Ok(EncoderLayer {
+            attention: SelfAttentionHalf::new(attention, output, norm("layernorm_before")?, NormPlacement::Before),
+            feed_forward: FeedForwardHalf::new(mlp, norm("layernorm_after")?, NormPlacement::Before),
         })
     }
+}
+
+/// Sizes of a layer.
+#[derive(Debug, Clone, Copy)]
+struct LayerSizes {
+    hidden: usize,
+    heads: usize,
+    inner: usize,
 }
 
 /// Sines and cosines of each position at wavelengths from 2π to 2π · 10000, side by side: (positions, width).
@@ -361,7 +370,7 @@ struct Decoder {
     positions: Tensor,
     /// The same with the mask token added.
     masked_positions: Tensor,
-    layers: Vec<PreNormLayer>,
+    layers: Vec<EncoderLayer>,
     norm: LayerNorm,
     head: Linear,
 }
@@ -373,12 +382,13 @@ impl Decoder {
         let dtype = activation_dtype(vb.dtype(), vb.device());
         let positions = sinusoids(cfg.patches(), hidden, dtype, vb.device())?;
         let mask_token = vb.get((1, 1, hidden), "mask_token")?.to_dtype(dtype)?.squeeze(0)?;
-        let layer = |i: usize| cfg.load_layer(&cfg.decoder_layer(), decoder.pp("decoder_layers").pp(i));
+        let layers = cfg.decoder_num_hidden_layers;
+        let layer = |i: usize| cfg.load_layer(cfg.decoder_layer(), i + 1 == layers, decoder.pp("decoder_layers").pp(i));
         Ok(Self {
             encoder_to_decoder: Linear::load(cfg.hidden_size, hidden, false, vb.pp("encoder_to_decoder"))?,
             masked_positions: positions.broadcast_add(&mask_token)?,
             positions,
-            layers: (0..cfg.decoder_num_hidden_layers).map(layer).collect::<Result<_>>()?,
+            layers: (0..layers).map(layer).collect::<Result<_>>()?,
             norm: LayerNorm::load(hidden, DEFAULT_EPS, decoder.pp("norm"))?,
             head: Linear::load(hidden, cfg.patch_values(), true, decoder.pp("head"))?,
         })
@@ -391,11 +401,7 @@ impl Decoder {
         let masked = gather(&self.masked_positions, &hidden.of_table(&hidden.masked)?)?;
         let drawn = Rows::Range { start: visible.dim(1)?, len: masked.dim(1)? };
         let x = Tensor::cat(&[visible, masked], 1)?; // (batch, patches, hidden)
-        let last = self.layers.len() - 1;
-        let all = Rows::All;
-        let rows = |i: usize| if i == last { &drawn } else { &all };
-        let x = self.layers.iter().enumerate().try_fold(x, |x, (i, layer)| layer.forward(&x, rows(i), None))?;
-        self.head.forward(&self.norm.forward(&x)?)
+        self.head.forward(&self.norm.forward(&encode(&self.layers, x, &drawn, None)?)?)
     }
 }
 
@@ -464,7 +470,7 @@ enum Head {
 pub struct VideoMaeModel {
     cfg: VideoMaeConfig,
     embeddings: Embeddings,
-    layers: Vec<PreNormLayer>,
+    layers: Vec<EncoderLayer>,
     /// Absent with mean pooling.
     layernorm: Option<LayerNorm>,
     head: Head,
@@ -484,10 +490,12 @@ impl VideoMaeModel {
         let videomae = if kind == HeadKind::States { vb.clone() } else { vb.pp("videomae") };
         let (pooled, hidden) = (cfg.use_mean_pooling, cfg.hidden_size);
         let norm = |wanted: bool, eps, vb: VarBuilder| wanted.then(|| LayerNorm::load(hidden, eps, vb)).transpose();
-        let layer = |i: usize| cfg.load_layer(&cfg.layer(), videomae.pp("encoder.layer").pp(i));
+        let (layers, first) = (cfg.num_hidden_layers, cfg.first_token(kind));
+        let layer =
+            |i: usize| cfg.load_layer(cfg.layer(), first && i + 1 == layers, videomae.pp("encoder.layer").pp(i));
         Ok(Self {
             embeddings: Embeddings::load(&cfg, videomae.pp("embeddings"))?,
-            layers: (0..cfg.num_hidden_layers).map(layer).collect::<Result<_>>()?,
+            layers: (0..layers).map(layer).collect::<Result<_>>()?,
             layernorm: norm(!pooled, cfg.layer_norm_eps, videomae.pp("layernorm"))?,
             head: match kind {
                 HeadKind::States => Head::States,
@@ -508,12 +516,9 @@ impl VideoMaeModel {
     fn forward(&self, video: &Video) -> Result<Tensors> {
         let dtype = activation_dtype(self.dtype, &self.device);
         let frames = video.frames.to_device(&self.device)?.to_dtype(dtype)?;
-        let (last, all) = (self.layers.len() - 1, Rows::All);
-        let last_rows = if self.cfg.first_token(self.kind) { Rows::Range { start: 0, len: 1 } } else { Rows::All };
-        let mut x = self.embeddings.forward(&frames, video.hidden.as_ref())?; // (batch, visible, hidden)
-        for (i, layer) in self.layers.iter().enumerate() {
-            x = layer.forward(&x, if i == last { &last_rows } else { &all }, None)?;
-        }
+        let rows = Rows::from(self.cfg.first_token(self.kind).then_some(1));
+        let x = self.embeddings.forward(&frames, video.hidden.as_ref())?; // (batch, visible, hidden)
+        let mut x = encode(&self.layers, x, &rows, None)?;
         if let Some(layernorm) = &self.layernorm {
             x = layernorm.forward(&x)?;
         }
@@ -551,14 +556,12 @@ impl VideoMaeConfig {
         let tokens = batch * seq;
         let linear = |rows, input, output, bias| cost::linear(rows, input, output, bias, bytes);
         let norm = |rows, width| cost::norm(Norm::Layer, rows, width, bytes);
-        let layer = |queries: u64| self.layer().cost([batch, seq], queries, cost::full_pairs(queries, seq), bytes);
         // rows behind the last layer
         let used = if self.first_token(kind) { 1 } else { seq };
         let encoder = cost::input(pixels, bytes)
             + linear(tokens, values, hidden, true) // of visible patches alone
             + cost::elementwise(tokens * hidden, 1) // positions, a table that is no weight
-            + layer(seq) * (self.num_hidden_layers as u64 - 1)
-            + layer(used)
+            + self.layer_cost(self.layer(), bytes).encoder_of(self.num_hidden_layers, [batch, seq], used)
             + if self.use_mean_pooling { Cost::default() } else { norm(batch * used, hidden) };
         let head = match kind {
             HeadKind::States => Cost::default(),
@@ -568,11 +571,8 @@ impl VideoMaeConfig {
                     + if self.use_mean_pooling { pooling } else { Cost::default() }
             }
             HeadKind::Decoder => {
-                let [width, layers] = [self.decoder_hidden_size, self.decoder_num_hidden_layers].map(|n| n as u64);
-                let masked = patches - seq;
-                let layer = |queries: u64| {
-                    self.decoder_layer().cost([batch, patches], queries, cost::full_pairs(queries, patches), bytes)
-                };
+                let (width, masked) = (self.decoder_hidden_size as u64, patches - seq);
+                let layer = self.layer_cost(self.decoder_layer(), bytes);
                 let drawn = batch * masked * values;
                 let unnormalised = if self.num_channels == 3 { cost::elementwise(pixels, 2) } else { Cost::default() };
                 let label_flops = if self.norm_pix_loss { LABEL_FLOPS } else { 0 };
@@ -581,8 +581,7 @@ impl VideoMaeConfig {
                     // the mask token, and the rows that it gives
                     + Cost { weight_bytes: width * bytes, ..Cost::default() }
                     + Cost { activation_bytes: batch * masked * width * bytes, ..Cost::default() }
-                    + layer(patches) * (layers - 1)
-                    + layer(masked) // only these are drawn
+                    + layer.encoder_of(self.decoder_num_hidden_layers, [batch, patches], masked) // only these are drawn
                     + norm(batch * masked, width)
                     + linear(batch * masked, width, values, true)
                     + unnormalised

@@ -571,7 +571,7 @@ impl ViltModel {
         let pixel_values = pairs.pixel_values.to_device(&self.device)?.to_dtype(dtype)?;
         let [class, patches] = self.visual_embeddings.forward(&pixel_values, &pairs.patches)?;
         let x = Tensor::cat(&[&text, &class, &patches], 1)?; // (items, words + 1 + length, hidden)
-        let x = self.encoder.forward(x, self.kind.rows(words), pairs.mask()?.as_ref())?;
+        let x = self.encoder.forward(x, &self.kind.rows(words).into(), pairs.mask()?.as_ref())?;
         self.head.forward(self.layernorm.forward(&x)?)
     }
 }
@@ -720,7 +720,11 @@ fn forward_cost(cfg: &ViltConfig, kind: HeadKind, pairs: &Pairs, bytes: u64) -> 
         HeadKind::Retrieval => pooler() + linear(batch, hidden, 1),
         HeadKind::Tokens { labels } => linear(batch * words, hidden, labels),
     };
-    Ok(text + pictures + Encoder::cost(&cfg.encoder(), [items, seq], rows, bytes) + norm(read, hidden) + head)
+    Ok(text
+        + pictures
+        + Encoder::cost(&cfg.encoder(), [items, seq], rows.unwrap_or(seq), bytes)
+        + norm(read, hidden)
+        + head)
 }
 
 #[cfg(test)]

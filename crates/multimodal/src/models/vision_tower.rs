@@ -10,7 +10,8 @@ use roofbench_core::cost::{self, Cost, Norm};
 use roofbench_core::inputs::Inputs;
 use roofbench_core::session::{ModelSpec, Result, SessionError};
 use roofbench_nn::activation::Activation;
-use roofbench_nn::attention::Pattern;
+use roofbench_nn::attention::{Pattern, Rows};
+use roofbench_nn::layer::{EncoderLayer, encode};
 use roofbench_nn::norm::LayerNorm;
 use roofbench_nn::patch_embed::PatchEmbed;
 use roofbench_nn::resize;
@@ -18,7 +19,7 @@ use roofbench_vision::models::activation_dtype;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::encoder_layer::{EncoderLayer, EncoderLayerConfig, Projections, Rows};
+use super::encoder_layer::{EncoderLayerConfig, Projections};
 
 /// Whose tower it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -144,8 +145,9 @@ impl VisionTowerConfig {
         LayerNorm::load(self.hidden_size, self.layer_norm_eps, vb)
     }
 
-    /// FLOPs and bytes of the states behind the first `layers` layers, of which `rows` are used behind the last.
-    pub fn cost(&self, pixels: &Pixels, layers: usize, rows: Rows, bytes: u64) -> Cost {
+    /// FLOPs and bytes of the states behind the first `layers` layers, of the last of which all rows are used, or so many
+    /// first ones.
+    pub fn cost(&self, pixels: &Pixels, layers: usize, rows: Option<usize>, bytes: u64) -> Cost {
         let [batch, tokens] = pixels.shape();
         let (patches, hidden) = (tokens - 1, self.hidden_size as u64);
         let [channels, patch, learned] = [self.num_channels, self.patch_size, self.learned()].map(|size| size as u64);
@@ -177,12 +179,8 @@ impl VisionTowerConfig {
             Form::Clip => self.norm_cost(batch * tokens, bytes),
             Form::Blip | Form::Blip2 => Cost::default(),
         };
-        let layer = |rows| self.layer().cost([batch, tokens], rows, bytes);
-        let layers = match layers {
-            0 => Cost::default(),
-            layers => layer(Rows::All) * (layers as u64 - 1) + layer(rows),
-        };
-        embeddings + pre_norm + layers
+        let wanted = rows.map_or(tokens, |rows| rows as u64);
+        embeddings + pre_norm + self.layer().cost(bytes).encoder_of(layers, [batch, tokens], wanted)
     }
 
     /// FLOPs and bytes of `post_layernorm` over `rows` rows.
@@ -253,15 +251,17 @@ pub struct VisionTower {
     positions: Tensor, // (rows, columns, hidden), of the patches
     pre_layrnorm: Option<LayerNorm>,
     layers: Vec<EncoderLayer>,
+    /// That are used behind the last layer.
+    rows: Rows,
     post_layernorm: LayerNorm,
 }
 
 impl VisionTower {
-    /// Reads the tower at `vb`, behind whose last layer `rows` are used.
+    /// Reads the tower at `vb`, of whose last layer all rows are used, or so many first ones.
     ///
     /// # Errors
     /// When a tensor is missing or has another shape.
-    pub fn load(cfg: &VisionTowerConfig, rows: Rows, vb: VarBuilder) -> Result<Self> {
+    pub fn load(cfg: &VisionTowerConfig, rows: Option<usize>, vb: VarBuilder) -> Result<Self> {
         let (hidden, learned, embeddings) = (cfg.hidden_size, cfg.learned(), vb.pp("embeddings"));
         let places = 1 + learned * learned;
         let clip = cfg.form == Form::Clip;
@@ -279,10 +279,7 @@ impl VisionTower {
         let (class, positions) = (class.to_dtype(dtype)?, positions.to_dtype(dtype)?);
         let patch = (cfg.patch_size, cfg.patch_size);
         let last = cfg.num_hidden_layers - 1;
-        let layer = |i: usize| {
-            let rows = if i == last { rows } else { Rows::All };
-            EncoderLayer::load(&cfg.layer(), rows, vb.pp("encoder.layers").pp(i))
-        };
+        let layer = |i: usize| cfg.layer().load(rows.is_some() && i == last, vb.pp("encoder.layers").pp(i));
         Ok(Self {
             cfg: cfg.clone(),
             patch_embedding: PatchEmbed::load(
@@ -296,6 +293,7 @@ impl VisionTower {
             positions: positions.narrow(0, 1, places - 1)?.reshape((learned, learned, hidden))?,
             pre_layrnorm: clip.then(|| cfg.norm(vb.pp("pre_layrnorm"))).transpose()?,
             layers: (0..cfg.num_hidden_layers).map(layer).collect::<Result<_>>()?,
+            rows: rows.into(),
             post_layernorm: cfg.norm(vb.pp("post_layernorm"))?,
         })
     }
@@ -333,8 +331,9 @@ impl VisionTower {
     /// # Errors
     /// Candle's.
     pub fn hidden_state(&self, pixels: &Pixels, layers: usize) -> Result<Tensor> {
-        let x = self.embed(pixels)?;
-        self.layers.iter().take(layers).try_fold(x, |x, layer| layer.forward(&x, None))
+        let layers = &self.layers[..layers.min(self.layers.len())];
+        let rows = if layers.len() == self.layers.len() { &self.rows } else { &Rows::All };
+        encode(layers, self.embed(pixels)?, rows, None)
     }
 
     /// The streams behind so many layers each, of one pass: see [`hidden_state`](Self::hidden_state).
@@ -348,7 +347,7 @@ impl VisionTower {
         let mut x = self.embed(pixels)?;
         let mut states = vec![x.clone(); layers.len()];
         for (i, layer) in self.layers.iter().take(layers.iter().copied().max().unwrap_or(0)).enumerate() {
-            x = layer.forward(&x, None)?;
+            x = layer.forward(&x, &Rows::All, None)?;
             states.iter_mut().zip(layers).filter(|(_, wanted)| **wanted == i + 1).for_each(|(y, _)| *y = x.clone());
         }
         Ok(states)

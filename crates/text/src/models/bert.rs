@@ -13,14 +13,16 @@ use roofbench_core::inputs::{Inputs, in_range, zero_or_one};
 use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Result, Session, SessionError, Tensors};
 use roofbench_core::weights::{AliasRule, AliasScope};
 use roofbench_nn::activation::Activation;
-use roofbench_nn::attention::{Attention, EncoderAttention, Mask, Pattern};
+use roofbench_nn::attention::{Mask, Rows};
 use roofbench_nn::embedding::Embedding;
 use roofbench_nn::kernels::isa;
+use roofbench_nn::layer::{EncoderLayer, encode};
 use roofbench_nn::linear::Linear;
-use roofbench_nn::mlp::Mlp;
 use roofbench_nn::norm::LayerNorm;
 use serde::Deserialize;
 use serde_json::{Value, json};
+
+use super::bert_layer::BertLayerConfig;
 
 /// The classes that run.
 pub const CLASSES: &[&str] = &["BertModel", "BertForMaskedLM", "BertForSequenceClassification"];
@@ -123,8 +125,14 @@ impl BertConfig {
         Ok(cfg)
     }
 
-    fn layer_norm(&self, vb: VarBuilder) -> Result<LayerNorm> {
-        LayerNorm::load(self.hidden_size, self.layer_norm_eps, vb.pp("LayerNorm"))
+    fn layer(&self) -> BertLayerConfig {
+        BertLayerConfig {
+            hidden_size: self.hidden_size,
+            num_attention_heads: self.num_attention_heads,
+            intermediate_size: self.intermediate_size,
+            hidden_act: self.hidden_act,
+            layer_norm_eps: self.layer_norm_eps,
+        }
     }
 }
 
@@ -148,7 +156,7 @@ impl Embeddings {
             word_embeddings: table(cfg.vocab_size, "word_embeddings")?,
             position_embeddings: table(cfg.max_position_embeddings, "position_embeddings")?,
             token_type_embeddings: table(cfg.type_vocab_size, "token_type_embeddings")?,
-            layer_norm: cfg.layer_norm(vb)?,
+            layer_norm: LayerNorm::load(cfg.hidden_size, cfg.layer_norm_eps, vb.pp("LayerNorm"))?,
         })
     }
 
@@ -188,99 +196,37 @@ impl Embeddings {
     }
 }
 
-struct Layer {
-    self_attention: EncoderAttention,
-    attention_output: Linear,
-    attention_norm: LayerNorm,
-    mlp: Mlp,
-    output_norm: LayerNorm,
-}
-
-impl Layer {
-    fn load(cfg: &BertConfig, first_rows: bool, vb: VarBuilder) -> Result<Self> {
-        let (hidden, heads) = (cfg.hidden_size, cfg.num_attention_heads);
-        let attention =
-            Attention { heads, kv_heads: heads, head_dim: hidden / heads, scale: None, pattern: Pattern::Full };
-        let sizes = [hidden, cfg.intermediate_size];
-        let (qkv, inner) = (["query", "key", "value"], vb.pp("attention.self"));
-        Ok(Self {
-            self_attention: EncoderAttention::load(hidden, attention, qkv, true, first_rows, inner)?,
-            attention_output: Linear::load(hidden, hidden, true, vb.pp("attention.output.dense"))?,
-            attention_norm: cfg.layer_norm(vb.pp("attention.output"))?,
-            mlp: Mlp::load(sizes, cfg.hidden_act, true, ["intermediate.dense", "output.dense"], vb.clone())?,
-            output_norm: cfg.layer_norm(vb.pp("output"))?,
-        })
-    }
-
-    /// `x` is (batch, seq, hidden), the result too, or (batch, rows, hidden).
-    fn forward(&self, x: &Tensor, rows: Option<usize>, mask: Option<&Mask>) -> Result<Tensor> {
-        let (attended, x) = self.self_attention.forward(x, x, rows, mask)?; // (batch, rows, hidden)
-        let x = self.attention_norm.forward(&self.attention_output.forward_add(&attended, &x)?)?;
-        self.output_norm.forward(&self.mlp.forward_add(&x, &x)?)
-    }
-}
-
 /// The layers, one after the other.
 pub struct Encoder {
-    layers: Vec<Layer>,
+    layers: Vec<EncoderLayer>,
 }
 
 impl Encoder {
-    /// Reads `layer.0` and so on under `vb`. `first_rows`: of the last layer only some first rows will be wanted.
+    /// Reads `layer.0` and so on under `vb`. `some_rows`: of the last layer some rows alone will be wanted.
     ///
     /// # Errors
     /// When a tensor is missing or has another shape.
-    pub fn load(cfg: &BertConfig, first_rows: bool, vb: VarBuilder) -> Result<Self> {
+    pub fn load(cfg: &BertConfig, some_rows: bool, vb: VarBuilder) -> Result<Self> {
         let last = cfg.num_hidden_layers - 1;
-        let layer = |i: usize| Layer::load(cfg, first_rows && i == last, vb.pp(format!("layer.{i}")));
+        let layer = |i: usize| cfg.layer().encoder_layer(some_rows && i == last, vb.pp(format!("layer.{i}")));
         Ok(Self { layers: (0..cfg.num_hidden_layers).map(layer).collect::<Result<_>>()? })
     }
 
-    /// All rows, or, of one loaded with `first_rows`, the first `rows` of each item.
+    /// The wanted rows of the last layer.
     ///
     /// # Shapes
     /// (batch, seq, hidden) → (batch, rows, hidden).
     ///
     /// # Errors
     /// When shapes do not fit together.
-    pub fn forward(&self, mut x: Tensor, rows: Option<usize>, mask: Option<&Mask>) -> Result<Tensor> {
-        let Some((last, layers)) = self.layers.split_last() else { return Ok(x) };
-        for layer in layers {
-            x = layer.forward(&x, None, mask)?;
-        }
-        let fewer = rows.and_then(|rows| Some(mask?.first_rows(rows))).transpose()?;
-        last.forward(&x, rows, fewer.as_ref().or(mask))
+    pub fn forward(&self, x: Tensor, rows: &Rows, mask: Option<&Mask>) -> Result<Tensor> {
+        encode(&self.layers, x, rows, mask)
     }
 
-    /// FLOPs and bytes over (batch, seq) rows, all of them attended to, of which the last layer gives all or `rows`.
-    pub fn cost(cfg: &BertConfig, [batch, seq]: [usize; 2], rows: Option<usize>, bytes: u64) -> Cost {
-        let [batch, seq] = [batch, seq].map(|size| size as u64);
-        let [hidden, inner, heads] =
-            [cfg.hidden_size, cfg.intermediate_size, cfg.num_attention_heads].map(|size| size as u64);
-        let linear = |rows, input, output| cost::linear(rows, input, output, true, bytes);
-        let norm = |rows| cost::norm(Norm::Layer, rows, hidden, bytes);
-        let activation = |elements| cost::elementwise(elements, 1); // one, whichever it is
-        let residual = |rows| cost::elementwise(rows * hidden, 1);
-        let layer = |queries: u64| {
-            let visible_pairs = cost::full_pairs(queries, seq);
-            let attention = cost::Attention {
-                batch,
-                heads,
-                kv_heads: heads,
-                head_dim: hidden / heads,
-                queries,
-                cached: 0,
-                visible_pairs,
-            };
-            let rows = batch * queries;
-            linear(rows, hidden, hidden) + linear(batch * seq, hidden, 2 * hidden) // query; key and value
-                + attention.cost(bytes)
-                + linear(rows, hidden, hidden) + residual(rows) + norm(rows)
-                + linear(rows, hidden, inner) + activation(rows * inner)
-                + linear(rows, inner, hidden) + residual(rows) + norm(rows)
-        };
-        let last = rows.map_or(seq, |rows| rows as u64);
-        layer(seq) * (cfg.num_hidden_layers as u64 - 1) + layer(last)
+    /// FLOPs and bytes over (batch, seq) rows, all of them attended to, of which the last layer gives `wanted` an item.
+    pub fn cost(cfg: &BertConfig, shape: [usize; 2], wanted: usize, bytes: u64) -> Cost {
+        let shape = shape.map(|size| size as u64);
+        cfg.layer().cost(bytes).encoder_of(cfg.num_hidden_layers, shape, wanted as u64)
     }
 }
 
@@ -482,7 +428,7 @@ impl BertModel {
     fn forward(&self, ids: &TokenIds) -> Result<Tensors> {
         let mask = ids.attention_mask.as_ref().map(Mask::padding).transpose()?.flatten();
         let x = self.embeddings.forward(ids)?;
-        self.head.forward(self.encoder.forward(x, None, mask.as_ref())?)
+        self.head.forward(self.encoder.forward(x, &Rows::All, mask.as_ref())?)
     }
 }
 
@@ -571,7 +517,7 @@ pub(crate) fn forward_cost(cfg: &BertConfig, head: Option<HeadKind>, shape: [usi
         }
         Some(HeadKind::MaskedLm) => PredictionHead::cost(batch * seq, cfg.hidden_size, cfg.vocab_size, bytes),
     };
-    Embeddings::cost(cfg, shape, bytes) + Encoder::cost(cfg, shape, None, bytes) + head
+    Embeddings::cost(cfg, shape, bytes) + Encoder::cost(cfg, shape, shape[1], bytes) + head
 }
 
 #[cfg(test)]

@@ -14,12 +14,12 @@ use roofbench_core::optimize::{Optimization, Verdict};
 use roofbench_core::session::{Call, Engine, ModelSpec, Observer, Phase, Result, Session, SessionError, Tensors};
 use roofbench_core::weights::{AliasRule, AliasScope};
 use roofbench_nn::activation::Activation;
-use roofbench_nn::attention::{Attention, EncoderAttention, Mask, Pattern};
+use roofbench_nn::attention::{Attention, Mask, Pattern, Rows, SelfAttention};
 use roofbench_nn::kernels::isa;
+use roofbench_nn::layer::{EncoderLayer, FeedForwardHalf, NormPlacement, SelfAttentionHalf, encode};
 use roofbench_nn::linear::Linear;
 use roofbench_nn::mlp::Mlp;
 use roofbench_nn::norm::LayerNorm;
-use roofbench_nn::options;
 use roofbench_nn::patch_embed::PatchEmbed;
 use roofbench_nn::resize;
 use serde::Deserialize;
@@ -293,109 +293,59 @@ pub struct EncoderConfig {
     pub layer_norm_eps: f64,
 }
 
-struct Layer {
-    layernorm_before: LayerNorm,
-    self_attention: EncoderAttention,
-    attention_output: Linear,
-    layernorm_after: LayerNorm,
-    mlp: Mlp,
-}
-
-impl Layer {
-    fn load(cfg: &EncoderConfig, first_rows: bool, vb: VarBuilder) -> Result<Self> {
-        let (hidden, heads) = (cfg.hidden_size, cfg.num_attention_heads);
+impl EncoderConfig {
+    fn layer(&self, some_rows: bool, vb: VarBuilder) -> Result<EncoderLayer> {
+        let (hidden, heads) = (self.hidden_size, self.num_attention_heads);
         let attention =
             Attention { heads, kv_heads: heads, head_dim: hidden / heads, scale: None, pattern: Pattern::Full };
-        let sizes = [hidden, cfg.intermediate_size];
-        let (qkv, inner) = (["query", "key", "value"], vb.pp("attention.attention"));
-        let norm = |name: &str| LayerNorm::load(hidden, cfg.layer_norm_eps, vb.pp(name));
-        Ok(Self {
-            layernorm_before: norm("layernorm_before")?,
-            self_attention: EncoderAttention::load(hidden, attention, qkv, cfg.qkv_bias, first_rows, inner)?,
-            attention_output: Linear::load(hidden, hidden, true, vb.pp("attention.output.dense"))?,
-            layernorm_after: norm("layernorm_after")?,
-            mlp: Mlp::load(sizes, cfg.hidden_act, true, ["intermediate.dense", "output.dense"], vb)?,
+        let load = if some_rows { SelfAttention::load_for_rows } else { SelfAttention::load };
+        let (names, inner) = (["query", "key", "value"], vb.pp("attention.attention"));
+        let attention = load(hidden, attention, names, self.qkv_bias, inner)?;
+        let output = Linear::load(hidden, hidden, true, vb.pp("attention.output.dense"))?;
+        let norm = |name: &str| LayerNorm::load(hidden, self.layer_norm_eps, vb.pp(name));
+        let (sizes, names) = ([hidden, self.intermediate_size], ["intermediate.dense", "output.dense"]);
+        let mlp = Mlp::load(sizes, self.hidden_act, true, names, vb.clone())?;
+        Ok(EncoderLayer {
+            attention: SelfAttentionHalf::new(attention, output, norm("layernorm_before")?, NormPlacement::Before),
+            feed_forward: FeedForwardHalf::new(mlp, norm("layernorm_after")?, NormPlacement::Before),
         })
-    }
-
-    /// `x` is (batch, seq, hidden), the result too, or (batch, rows, hidden).
-    fn forward(&self, x: &Tensor, rows: Option<usize>, mask: Option<&Mask>) -> Result<Tensor> {
-        let normed = self.layernorm_before.forward(x)?;
-        let (attended, x) = self.self_attention.forward(&normed, x, rows, mask)?;
-        let x = self.attention_output.forward_add(&attended, &x)?;
-        self.mlp.forward_add(&self.layernorm_after.forward(&x)?, &x)
     }
 }
 
 /// The layers, one after the other, without the norm behind them.
 pub struct Encoder {
-    layers: Vec<Layer>,
+    layers: Vec<EncoderLayer>,
 }
 
 impl Encoder {
-    /// Reads `layer.0` and so on under `vb`. `first_rows`: of the last layer only some first rows will be wanted.
+    /// Reads `layer.0` and so on under `vb`. `some_rows`: of the last layer some rows alone will be wanted.
     ///
     /// # Errors
     /// When a tensor is missing or has another shape.
-    pub fn load(cfg: &EncoderConfig, first_rows: bool, vb: VarBuilder) -> Result<Self> {
+    pub fn load(cfg: &EncoderConfig, some_rows: bool, vb: VarBuilder) -> Result<Self> {
         let last = cfg.num_hidden_layers - 1;
-        let layer = |i: usize| Layer::load(cfg, first_rows && i == last, vb.pp(format!("layer.{i}")));
+        let layer = |i: usize| cfg.layer(some_rows && i == last, vb.pp(format!("layer.{i}")));
         Ok(Self { layers: (0..cfg.num_hidden_layers).map(layer).collect::<Result<_>>()? })
     }
 
-    /// All rows, or, of one loaded with `first_rows`, the first `rows` of each item.
+    /// The wanted rows of the last layer.
     ///
     /// # Shapes
     /// (batch, seq, hidden) → (batch, rows, hidden).
     ///
     /// # Errors
     /// When shapes do not fit together.
-    pub fn forward(&self, mut x: Tensor, rows: Option<usize>, mask: Option<&Mask>) -> Result<Tensor> {
-        let Some((last, layers)) = self.layers.split_last() else { return Ok(x) };
-        for layer in layers {
-            x = layer.forward(&x, None, mask)?;
-        }
-        last.forward(&x, rows, mask)
+    pub fn forward(&self, x: Tensor, rows: &Rows, mask: Option<&Mask>) -> Result<Tensor> {
+        encode(&self.layers, x, rows, mask)
     }
 
-    /// FLOPs and bytes over (batch, seq) rows, all of them attended to, of which the last layer gives all or `rows`.
-    pub fn cost(cfg: &EncoderConfig, [batch, seq]: [usize; 2], rows: Option<usize>, bytes: u64) -> Cost {
-        let [batch, seq] = [batch, seq].map(|size| size as u64);
-        let [hidden, inner, heads] =
-            [cfg.hidden_size, cfg.intermediate_size, cfg.num_attention_heads].map(|size| size as u64);
-        let linear = |rows, input, output| cost::linear(rows, input, output, true, bytes);
-        let norm = |rows| cost::norm(Norm::Layer, rows, hidden, bytes);
-        let activation = |elements| cost::elementwise(elements, 1); // one, whichever it is
-        let residual = |rows| cost::elementwise(rows * hidden, 1);
-        let project = |rows, width| cost::linear(rows, hidden, width, cfg.qkv_bias, bytes);
-        let layer = |queries: u64| {
-            let visible_pairs = cost::full_pairs(queries, seq);
-            let attention = cost::Attention {
-                batch,
-                heads,
-                kv_heads: heads,
-                head_dim: hidden / heads,
-                queries,
-                cached: 0,
-                visible_pairs,
-            };
-            let rows = batch * queries;
-            // each query sees the keys and values of all
-            norm(batch * seq)
-                + project(rows, hidden)
-                + project(batch * seq, 2 * hidden)
-                + attention.cost(bytes)
-                // attention's output, and the feed-forward half
-                + linear(rows, hidden, hidden)
-                + residual(rows)
-                + norm(rows)
-                + linear(rows, hidden, inner)
-                + activation(rows * inner)
-                + linear(rows, inner, hidden)
-                + residual(rows)
-        };
-        let last = rows.map_or(seq, |rows| rows as u64);
-        layer(seq) * (cfg.num_hidden_layers as u64 - 1) + layer(last)
+    /// FLOPs and bytes over (batch, seq) rows, all of them attended to, of which the last layer gives `wanted` an item.
+    pub fn cost(cfg: &EncoderConfig, shape: [usize; 2], wanted: usize, bytes: u64) -> Cost {
+        let [hidden, heads, inner] =
+            [cfg.hidden_size, cfg.num_attention_heads, cfg.intermediate_size].map(|size| size as u64);
+        let head_dim = hidden / heads;
+        let layer = cost::Layer { hidden, heads, head_dim, inner, qkv_bias: cfg.qkv_bias, norm_before: true, bytes };
+        layer.encoder_of(cfg.num_hidden_layers, shape.map(|size| size as u64), wanted as u64)
     }
 }
 
@@ -485,10 +435,9 @@ impl ViTModel {
             HeadKind::Pooler => vb.clone(),
             HeadKind::Classifier { .. } => vb.pp("vit"),
         };
-        let class_token_only = options::current().class_token_only && kind.rows().is_some();
         Ok(Self {
             embeddings: Embeddings::load(&cfg, false, vit.pp("embeddings"))?,
-            encoder: Encoder::load(&cfg.encoder(), class_token_only, vit.pp("encoder"))?,
+            encoder: Encoder::load(&cfg.encoder(), kind.rows().is_some(), vit.pp("encoder"))?,
             layernorm: cfg.layer_norm(vit.pp("layernorm"))?,
             head: Head::load(kind, &cfg, vb)?,
             kind,
@@ -503,7 +452,7 @@ impl ViTModel {
         let dtype = activation_dtype(self.dtype, &self.device);
         let pixel_values = pixels.values.to_device(&self.device)?.to_dtype(dtype)?;
         let x = self.embeddings.forward(&pixel_values, pixels.interpolated)?;
-        self.head.forward(&self.encoder.forward(x, self.kind.rows(), None)?, &self.layernorm)
+        self.head.forward(&self.encoder.forward(x, &self.kind.rows().into(), None)?, &self.layernorm)
     }
 }
 
@@ -594,7 +543,7 @@ pub(crate) fn forward_cost(
     };
     let cost = Embeddings::cost(cfg, items, pixels.size, bytes)
         + stretched
-        + Encoder::cost(&cfg.encoder(), [items, seq], kind.rows(), bytes)
+        + Encoder::cost(&cfg.encoder(), [items, seq], kind.rows().unwrap_or(seq), bytes)
         + head;
     Ok(vec![PhaseCost { phase: Phase::Forward, repeats: 1, cost }])
 }
@@ -761,10 +710,10 @@ mod tests {
         let spec = spec("ViTForImageClassification", json!({"num_hidden_layers": 2}));
         let call = call([2, 1, 4, 4], false);
         let run = || Ok::<_, SessionError>(synthetic_model(&spec)?.call(&call, &mut Unobserved)?["logits"].clone());
-        let mut all = options::Options::default();
+        let mut all = roofbench_nn::options::Options::default();
         all.switch("class-token-only", false);
         let (alone, recorded) = roofbench_nn::cost::record(run);
-        let (together, recorded_of_all) = options::with(all, || roofbench_nn::cost::record(run));
+        let (together, recorded_of_all) = roofbench_nn::options::with(all, || roofbench_nn::cost::record(run));
         let difference = (alone? - together?)?.abs()?.flatten_all()?.max(0)?.to_scalar::<f32>()?;
         assert!(difference < 1e-5, "{difference}");
         assert!(recorded.flops < recorded_of_all.flops);
