@@ -34,6 +34,8 @@ measured with these settings are not repeated; failed ones are tried again.
 Examples:
   cargo xtask bench-all --quick              the first cell of each family, seconds per cell
   cargo xtask bench-all --modality vision
+  cargo xtask bench-all --memory 8GB --budget 20m
+                                             what of each family fits in both, by `roofbench plan`
   cargo xtask bench-all --family bert --family vit --output target/two")]
 pub(crate) struct Arguments {
     /// A first look: the first cell of each family, fewer samples
@@ -45,6 +47,12 @@ pub(crate) struct Arguments {
     /// Only this family; may be repeated
     #[arg(long, value_name = "F")]
     family: Vec<String>,
+    /// Chooses checkpoint and precision of each family so that it fits in so many bytes: 8e9, 8GB, 4GiB
+    #[arg(long, value_name = "BYTES")]
+    memory: Option<String>,
+    /// Chooses checkpoints and cells so that about this time is enough: 90s, 20m, 2h
+    #[arg(long, value_name = "TIME")]
+    budget: Option<String>,
     /// Folder of records and reports [default: bench-all in cargo's target folder]
     #[arg(long, value_name = "DIR")]
     output: Option<PathBuf>,
@@ -84,6 +92,14 @@ impl Planned {
     }
 }
 
+/// A family that `roofbench plan --memory … --budget …` leaves out.
+#[derive(Debug, Deserialize)]
+struct LeftOut {
+    family: String,
+    /// Why.
+    skipped: String,
+}
+
 /// The program under test, and the machine as it sees it.
 #[derive(Deserialize)]
 struct Probe {
@@ -116,7 +132,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let runnable = runnable(&program)?;
     let (runnable, missing): (Vec<&Family>, Vec<&Family>) =
         families.iter().partition(|family| runnable.contains(&family.name));
-    let plan = plan(arguments, &program, &runnable)?;
+    let (plan, left_out) = plan(arguments, &program, &runnable)?;
     let earlier = if path.exists() { record::read(&path)? } else { record::ReadOutcome::default() };
     for problem in &earlier.problems {
         eprintln!("warning: {problem}");
@@ -143,6 +159,9 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     show(&roofbench_report::table(&records))?;
     for family in missing {
         records.extend(bench.skipped(family, "this build has no model of it"));
+    }
+    for LeftOut { family, skipped } in &left_out {
+        records.extend(bench.skipped(catalog::family(family)?, skipped));
     }
     report(&folder, &records, &plan)?;
     if interrupted {
@@ -183,23 +202,43 @@ fn runnable(program: &Path) -> anyhow::Result<Vec<String>> {
     Ok(listed.into_iter().filter(|listed| listed.runs).map(|listed| listed.family).collect())
 }
 
-/// The cells to measure, as the command line itself plans them.
-fn plan(arguments: &Arguments, program: &Path, families: &[&Family]) -> anyhow::Result<Vec<Planned>> {
-    if families.is_empty() {
-        return Ok(Vec::new());
+/// The cells to measure, as the command line itself plans them, and the families that --memory or --budget leave out.
+fn plan(arguments: &Arguments, program: &Path, families: &[&Family]) -> anyhow::Result<(Vec<Planned>, Vec<LeftOut>)> {
+    /// A line of either command.
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Line {
+        Planned(Planned),
+        LeftOut(LeftOut),
     }
+    let (mut planned, mut left_out) = (Vec::new(), Vec::new());
+    if families.is_empty() {
+        return Ok((planned, left_out));
+    }
+    let limits = [("--memory", &arguments.memory), ("--budget", &arguments.budget)];
+    let limits: Vec<String> =
+        limits.into_iter().filter_map(|(flag, value)| Some(format!("{flag}={}", value.as_ref()?))).collect();
+    let chooses = !limits.is_empty();
     let mut command = Command::new(program);
-    command.args(["run", "--dry-run", "--json"]).args(families.iter().map(|family| &family.name));
+    command.args(if chooses { &["plan", "--json"][..] } else { &["run", "--dry-run", "--json"] }).args(limits);
+    command.args(families.iter().map(|family| &family.name));
     if arguments.quick {
         command.arg("--quick");
+    }
+    if arguments.quick && !chooses {
         for family in families {
             let first = family.cells.first().with_context(|| format!("{} has no cells", family.name))?;
             command.args(["--cell", &format!("^{}/{}$", family.name, first.name)]);
         }
     }
     let text = process::output(&mut command)?;
-    let planned = text.lines().map(serde_json::from_str).collect::<Result<_, _>>();
-    planned.context("reading `roofbench run --dry-run --json`")
+    for line in text.lines() {
+        match serde_json::from_str(line).context("reading `roofbench run --dry-run --json` or `plan --json`")? {
+            Line::Planned(cell) => planned.push(cell),
+            Line::LeftOut(family) => left_out.push(family),
+        }
+    }
+    Ok((planned, left_out))
 }
 
 /// Whether an earlier record says what this build would measure now: the same build, whole, and no failure.

@@ -54,6 +54,9 @@ pub(crate) struct Job {
     pub(crate) seed: u64,
     /// When to stop.
     pub(crate) sampling: Sampling,
+    /// What follows the samples.
+    #[serde(default)]
+    pub(crate) after: After,
     /// Settings as asked for, by flag.
     pub(crate) requested: BTreeMap<String, String>,
     /// The machine with its peaks.
@@ -65,6 +68,17 @@ impl Job {
     pub(crate) fn label(&self) -> String {
         format!("{}/{}", self.family, self.cell.name)
     }
+}
+
+/// What is done behind the samples, which it leaves alone.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub(crate) struct After {
+    /// A profile is taken.
+    pub(crate) profile: bool,
+    /// Its last call goes to this file, in Chrome's trace format.
+    pub(crate) trace: Option<PathBuf>,
+    /// Seconds of a long run.
+    pub(crate) sustain: Option<f64>,
 }
 
 /// Where the weights come from, settled.

@@ -4,12 +4,16 @@
 
 mod answers;
 mod arguments;
+mod choice;
 mod commands;
+mod goal;
 mod job;
 mod memory;
 mod models;
 mod optimized;
 mod plan;
+mod predict;
+mod profile;
 mod supervise;
 mod ui;
 mod worker;
@@ -20,7 +24,7 @@ use clap::{ArgAction, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
 use crate::arguments::EXIT_USAGE;
-use crate::commands::{list, probe, report, run, sample, verify};
+use crate::commands::{list, predict as plan_command, probe, recommend, report, run, sample, verify};
 
 /// Measures Hugging Face model families on the hardware in front of it, and says how close each comes to what that
 /// hardware can do
@@ -33,6 +37,7 @@ use crate::commands::{list, probe, report, run, sample, verify};
 Start with:
   roofbench list               the 36 families, and which of them this build runs
   roofbench probe              this machine, and its measured ceilings
+  roofbench plan               what fits here, and how fast it would be: nothing is measured or downloaded
   roofbench run bert --quick   a first measurement, on weights made from a seed: nothing is downloaded
   roofbench report FILE.jsonl --html report.html
 
@@ -51,7 +56,9 @@ struct Arguments {
 enum Command {
     List(list::Arguments),
     Probe(probe::Arguments),
+    Plan(Box<plan_command::Arguments>),
     Run(Box<run::Arguments>),
+    Recommend(Box<recommend::Arguments>),
     Verify(verify::Arguments),
     Report(report::Arguments),
     #[command(hide = true)]
@@ -66,7 +73,9 @@ fn main() -> ExitCode {
     let result = match &arguments.command {
         Command::List(arguments) => list::run(arguments),
         Command::Probe(arguments) => probe::run(arguments),
+        Command::Plan(arguments) => plan_command::run(arguments),
         Command::Run(arguments) => run::run(arguments),
+        Command::Recommend(arguments) => recommend::run(arguments),
         Command::Verify(arguments) => verify::run(arguments),
         Command::Report(arguments) => report::run(arguments),
         Command::Sample(arguments) => sample::run(arguments),

@@ -51,14 +51,25 @@ pub(crate) fn estimate(job: &Job, plan: &Plan) -> Estimate {
     Estimate { weights, activations: activations(job) }
 }
 
-/// A refusal with its numbers when `job` can't fit in what `machine` has.
-pub(crate) fn refusal(job: &Job, plan: &Plan, machine: &Machine) -> Option<String> {
-    let estimate = estimate(job, plan);
-    let (available, place) = match job.device {
+/// A refusal when `bytes` are more than `machine` has for `job`.
+pub(crate) fn beyond(bytes: f64, job: &Job, machine: &Machine) -> Option<String> {
+    let (available, place) = available(job, machine)?;
+    (bytes > available as f64)
+        .then(|| format!("about {} needed, {place} is {}", ui::bytes(bytes), ui::bytes(available as f64)))
+}
+
+fn available(job: &Job, machine: &Machine) -> Option<(u64, &'static str)> {
+    Some(match job.device {
         // Metal's memory is the CPU's.
         DeviceArg::Cpu | DeviceArg::Metal => (machine.memory.available_bytes?, "available memory"),
         DeviceArg::Cuda(index) => (machine.gpus.get(index)?.memory_bytes?, "the GPU's memory"),
-    };
+    })
+}
+
+/// A refusal with its numbers when `job` can't fit in what `machine` has.
+pub(crate) fn refusal(job: &Job, plan: &Plan, machine: &Machine) -> Option<String> {
+    let estimate = estimate(job, plan);
+    let (available, place) = available(job, machine)?;
     (estimate.total() > available as f64).then(|| {
         let parameters = job.parameters.map_or_else(String::new, |n| format!("{} parameters in ", ui::large(n as f64)));
         format!(

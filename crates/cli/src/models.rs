@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
+use roofbench_core::cost::Outline;
 use roofbench_core::hardware::Machine;
 use roofbench_core::optimize::{Model, Optimization, Plan};
 use roofbench_core::record::Build;
 use roofbench_core::reference;
-use roofbench_core::session::{Engine, ModelSpec, Processor, Session, SessionError, Tensors};
+use roofbench_core::session::{Call, Engine, ModelSpec, Processor, Session, SessionError, Tensors};
 use roofbench_core::weights::{AliasRule, Weights};
 use serde_json::Value;
 
@@ -18,6 +19,7 @@ struct Modality {
     classes: fn(&str) -> &'static [&'static str],
     aliases: fn(&ModelSpec) -> &'static [AliasRule],
     load: Load,
+    cost: fn(&ModelSpec, &Call) -> Result<Outline, SessionError>,
     optimizations: fn(&str) -> Vec<&'static Optimization>,
     optimize: fn(&Machine, &Model) -> Plan,
     processor: Option<ProcessorOf>,
@@ -37,6 +39,7 @@ const MODALITIES: &[Modality] = &[
         classes: roofbench_text::classes,
         aliases: roofbench_text::aliases,
         load: roofbench_text::load,
+        cost: roofbench_text::cost,
         optimizations: |family| roofbench_text::optimizations(family).to_vec(),
         optimize: roofbench_text::apply_hardware_optimizations,
         processor: None,
@@ -47,6 +50,7 @@ const MODALITIES: &[Modality] = &[
         classes: roofbench_vision::classes,
         aliases: |spec| roofbench_vision::aliases(&spec.family),
         load: roofbench_vision::load,
+        cost: roofbench_vision::cost,
         optimizations: roofbench_vision::optimizations,
         optimize: roofbench_vision::apply_hardware_optimizations,
         processor: Some(roofbench_vision::processor),
@@ -57,6 +61,7 @@ const MODALITIES: &[Modality] = &[
         classes: roofbench_speech::classes,
         aliases: roofbench_speech::aliases,
         load: roofbench_speech::load,
+        cost: roofbench_speech::cost,
         optimizations: |family| roofbench_speech::optimizations(family).to_vec(),
         optimize: roofbench_speech::apply_hardware_optimizations,
         processor: Some(roofbench_speech::processor),
@@ -67,6 +72,7 @@ const MODALITIES: &[Modality] = &[
         classes: roofbench_multimodal::classes,
         aliases: roofbench_multimodal::aliases,
         load: roofbench_multimodal::load,
+        cost: roofbench_multimodal::cost,
         optimizations: |family| roofbench_multimodal::optimizations(family).to_vec(),
         optimize: roofbench_multimodal::apply_hardware_optimizations,
         processor: Some(roofbench_multimodal::processor),
@@ -124,6 +130,11 @@ impl reference::Models for Models {
         })?;
         processor(family, configs)
     }
+}
+
+/// What `call` costs on the model of `spec`, by its config alone.
+pub(crate) fn cost(spec: &ModelSpec, call: &Call) -> Result<Outline, SessionError> {
+    (modality(&spec.family).ok_or_else(|| not_here(&spec.family))?.cost)(spec, call)
 }
 
 fn not_here(family: &str) -> SessionError {

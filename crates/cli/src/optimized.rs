@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::Context;
-use roofbench_core::cost::{Cost, PhaseCost};
+use roofbench_core::cost::{Cost, Outline, PhaseCost};
 use roofbench_core::optimize::{self, Model, OptimizeError, Plan, Switch};
 use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Session, SessionError, Tensors};
 use roofbench_nn::options::{self, Options, Quantized};
@@ -43,13 +43,27 @@ pub(crate) fn apply(job: &Job, plan: &Plan) -> anyhow::Result<bool> {
     };
     let pin = if pinned { Pinning::Compact } else { Pinning::None };
     pool::configure(PoolConfig { threads: job.threads, pin }).context("--threads, --pin")?;
+    options::set(options_of(plan));
+    options::take_quantized();
+    Ok(pinned)
+}
+
+fn options_of(plan: &Plan) -> Options {
     let mut options = Options::default();
     // What does not apply keeps its default, which those that apply are compared with.
     let decided = plan.decisions.iter().filter(|decision| decision.applies);
     decided.for_each(|decision| options.switch(&decision.name, decision.on));
-    options::set(options);
+    options
+}
+
+/// What `call` costs on the model of `spec` under `plan`, without loading it.
+///
+/// # Errors
+/// Names what of the spec, its config or the call is not supported.
+pub(crate) fn cost(spec: &ModelSpec, call: &Call, plan: &Plan) -> Result<Outline, SessionError> {
     options::take_quantized();
-    Ok(pinned)
+    let outline = options::with(options_of(plan), || models::cost(spec, call))?;
+    Ok(Outline { phases: smaller_all(outline.phases, options::take_quantized()), ..outline })
 }
 
 /// A session that this thread has loaded under a plan.
@@ -77,13 +91,16 @@ impl Session for Optimized {
 
     /// The formulas know weights in the type that they are stored in.
     fn cost(&self, call: &Call) -> Result<Vec<PhaseCost>, SessionError> {
-        let phases = self.session.cost(call)?;
-        Ok(phases.into_iter().map(|phase| PhaseCost { cost: smaller(phase, self.quantized), ..phase }).collect())
+        Ok(smaller_all(self.session.cost(call)?, self.quantized))
     }
 
     fn paths(&self) -> BTreeMap<String, String> {
         self.session.paths()
     }
+}
+
+fn smaller_all(phases: Vec<PhaseCost>, quantized: Quantized) -> Vec<PhaseCost> {
+    phases.into_iter().map(|phase| PhaseCost { cost: smaller(phase, quantized), ..phase }).collect()
 }
 
 /// The cost of `phase` when as many of its weights as were quantised are read in their smaller form.

@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use crate::arguments::{DTypeArg, DeviceArg, WeightsArg};
 use crate::commands::run::Arguments;
-use crate::job::{Job, RawInput, Sampling, WeightsJob};
+use crate::job::{After, Job, RawInput, Sampling, WeightsJob};
 use crate::models::{self, engine_name};
 
 /// A checkpoint with the family that it belongs to.
@@ -38,6 +38,11 @@ pub(crate) fn plan(arguments: &Arguments, machine: &Machine) -> anyhow::Result<V
     let sampling = sampling(arguments)?;
     let threads = threads(arguments, machine)?;
     check_switches(arguments)?;
+    ensure!(
+        !after(arguments).profile || arguments.device == DeviceArg::Cpu,
+        "--profile: operations are timed on the CPU, and on {} they only begin there; leave --device out",
+        arguments.device
+    );
     let engines: Vec<Engine> = arguments.engine.iter().map(|&engine| engine.into()).collect();
     let mut jobs = Vec::new();
     for subject in subjects(arguments)? {
@@ -68,12 +73,16 @@ pub(crate) fn plan(arguments: &Arguments, machine: &Machine) -> anyhow::Result<V
                             weights: subject.weights.clone(),
                             seed: arguments.seed,
                             sampling,
+                            after: after(arguments),
                             machine: machine.clone(),
                         });
                     }
                 }
             }
         }
+    }
+    if let (Some(path), 2..) = (&arguments.trace, jobs.len()) {
+        bail!("--trace {}: it is of one cell, and these are {}; name one with --cell", path.display(), jobs.len());
     }
     if jobs.is_empty() {
         let patterns: Vec<_> = arguments.cell.iter().map(regex::Regex::as_str).collect();
@@ -113,6 +122,7 @@ fn requested(
     requested.extend(arguments.checkpoint.clone().map(|repository| ("checkpoint", repository)));
     let switches: Vec<String> = arguments.opt.iter().map(Switch::to_string).collect();
     requested.extend((!switches.is_empty()).then(|| ("opt", switches.join(","))));
+    requested.extend(arguments.sustain.map(|seconds| ("sustain", seconds.to_string())));
     requested.extend(arguments.revision.clone().map(|revision| ("revision", revision)));
     let switches = [
         ("quick", arguments.quick),
@@ -120,6 +130,7 @@ fn requested(
         ("oversubscribe", arguments.oversubscribe),
         ("offline", arguments.offline),
         ("ignore-extra-tensors", arguments.ignore_extra_tensors),
+        ("profile", after(arguments).profile),
     ];
     requested.extend(switches.into_iter().filter(|(_, on)| *on).map(|(flag, _)| (flag, "yes".to_owned())));
     requested.into_iter().map(|(flag, value)| (flag.to_owned(), value)).collect()
@@ -184,6 +195,12 @@ fn check_device(device: DeviceArg, machine: &Machine) -> anyhow::Result<()> {
         bail!("--device {device}: there is no such GPU; this machine has {gpus}");
     }
     Ok(())
+}
+
+/// What follows the samples.
+fn after(arguments: &Arguments) -> After {
+    let trace = arguments.trace.clone();
+    After { profile: arguments.profile || trace.is_some(), trace, sustain: arguments.sustain }
 }
 
 fn sampling(arguments: &Arguments) -> anyhow::Result<Sampling> {

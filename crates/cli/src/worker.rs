@@ -24,7 +24,7 @@ use crate::arguments::EXIT_INTERRUPTED;
 use crate::job::{Job, Message, RawInput, STOP, WeightsJob};
 use crate::models::{Models, engine_name};
 use crate::optimized::{self, Optimized};
-use crate::{answers, memory, models, plan, ui};
+use crate::{answers, memory, models, plan, profile, ui};
 
 /// Set when the planning process asks to finish.
 static STOPPED: AtomicBool = AtomicBool::new(false);
@@ -158,10 +158,19 @@ fn measure(job: &Job, found: &mut Found) -> anyhow::Result<Outcome> {
     let (call, answer) = call(job, &spec, &weights, found)?;
     let plan = job.sampling.plan();
     let before = Conditions::now();
-    let measurement = harness::measure(&mut session, &call, load, &plan, &mut env)?;
+    let mut measurement = harness::measure(&mut session, &call, load, &plan, &mut env)?;
     let threads = u32::try_from(job.threads).unwrap_or(u32::MAX);
     found.warnings.extend(conditions::between(&before, &Conditions::now(), threads));
     found.warnings.extend(harness::warnings(&measurement, &plan));
+    if job.after.profile {
+        status("profiling");
+        let stopped = || STOPPED.load(Ordering::Relaxed);
+        measurement.profile = profile::take(&mut session, &call, job.after.trace.as_deref(), stopped)?;
+    }
+    if let Some(seconds) = job.after.sustain {
+        let duration = Duration::from_secs_f64(seconds);
+        measurement.sustained = Some(harness::sustain(&mut session, &call, duration, &mut env)?);
+    }
     if let Some(preparation) = answer
         && !STOPPED.load(Ordering::Relaxed)
     {

@@ -14,10 +14,13 @@
 //!
 //! The score matrix of attention never counts, because it need not be written.
 
+use std::cell::Cell;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::session::Phase;
+use crate::session::{Call, ModelSpec, Phase, Session, SessionError};
+use crate::weights::{AliasRule, HubOptions, Requested, Source, Weights};
 
 /// FLOPs and bytes of a piece of work. Costs add up.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -91,18 +94,58 @@ impl std::ops::Mul<u64> for Cost {
     }
 }
 
+/// What a call costs by the config alone.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Outline {
+    /// FLOPs and bytes by phase.
+    pub phases: Vec<PhaseCost>,
+    /// Names and shapes of the model's weights.
+    pub tensors: Requested,
+    /// Bytes of the largest activation that a term of the cost writes.
+    pub largest_activation: u64,
+}
+
+thread_local! {
+    static LARGEST: Cell<u64> = const { Cell::new(0) };
+}
+
+/// Notes what a term writes, for [`Outline::largest_activation`].
+fn noted(cost: Cost) -> Cost {
+    LARGEST.set(LARGEST.get().max(cost.activation_bytes));
+    cost
+}
+
+impl Outline {
+    /// Of `call` on the model of `spec`, which `load` builds of weights that have sizes and no numbers.
+    ///
+    /// # Errors
+    /// Those of `load` and of [`Session::cost`].
+    pub fn of(
+        spec: &ModelSpec,
+        call: &Call,
+        aliases: &[AliasRule],
+        load: impl FnOnce(&ModelSpec, &Weights) -> Result<Box<dyn Session>, SessionError>,
+    ) -> Result<Self, SessionError> {
+        let weights = Weights::open(&Source::Sizes, aliases, &spec.class, &HubOptions::default())?;
+        let session = load(spec, &weights)?;
+        LARGEST.set(0);
+        let phases = session.cost(call)?;
+        Ok(Self { phases, tensors: weights.requested(), largest_activation: LARGEST.get() })
+    }
+}
+
 /// FLOPs of softmax per score: scale, subtract the maximum, exponential, sum, multiply by the inverse.
 const SOFTMAX_FLOPS: u64 = 5;
 
 /// Inputs that the phase gets from outside, read once.
 pub fn input(elements: u64, bytes_per_element: u64) -> Cost {
-    Cost { activation_bytes: elements * bytes_per_element, ..Cost::default() }
+    noted(Cost { activation_bytes: elements * bytes_per_element, ..Cost::default() })
 }
 
 /// Dense layer `y = x·Wᵀ (+ b)` over `tokens` rows, from width `input` to width `output`.
 pub fn linear(tokens: u64, input: u64, output: u64, bias: bool, bytes_per_element: u64) -> Cost {
     let bias = u64::from(bias);
-    Cost {
+    noted(Cost {
         // a multiply-add per weight and row, an addition per output for the bias
         flops: 2 * tokens * input * output + bias * tokens * output,
         // the matrix and the bias, once
@@ -110,7 +153,7 @@ pub fn linear(tokens: u64, input: u64, output: u64, bias: bool, bytes_per_elemen
         // the output
         activation_bytes: tokens * output * bytes_per_element,
         kv_bytes: 0,
-    }
+    })
 }
 
 /// Scaled dot-product attention without its projections.
@@ -136,7 +179,7 @@ impl Attention {
     /// FLOPs of both products and of softmax over visible pairs; bytes of the output and of cached keys and values.
     pub fn cost(&self, bytes_per_element: u64) -> Cost {
         let pairs = self.batch * self.heads * self.visible_pairs;
-        Cost {
+        noted(Cost {
             // q·kᵀ and p·v are a multiply-add per pair and element of a head each
             flops: 2 * pairs * self.head_dim * 2 + SOFTMAX_FLOPS * pairs,
             weight_bytes: 0,
@@ -144,7 +187,7 @@ impl Attention {
             activation_bytes: self.batch * self.queries * self.heads * self.head_dim * bytes_per_element,
             // a key and a value per cached position and head that is stored
             kv_bytes: 2 * self.batch * self.cached * self.kv_heads * self.head_dim * bytes_per_element,
-        }
+        })
     }
 }
 
@@ -307,12 +350,12 @@ pub fn norm(kind: Norm, rows: u64, width: u64, bytes_per_element: u64) -> Cost {
         // square and sum, multiply by the inverse root, multiply by the weight
         Norm::Rms => (2 + 1 + 1, width),
     };
-    Cost {
+    noted(Cost {
         flops: flops_per_element * rows * width,
         weight_bytes: parameters * bytes_per_element,
         activation_bytes: rows * width * bytes_per_element,
         kv_bytes: 0,
-    }
+    })
 }
 
 /// Element-wise work (activation, residual, scale), fused into the operation before it: FLOPs, and no traffic.
@@ -324,7 +367,7 @@ pub fn elementwise(elements: u64, flops_per_element: u64) -> Cost {
 /// The indices, a few bytes per row, are left out.
 pub fn embedding(rows: u64, width: u64, bytes_per_element: u64) -> Cost {
     let bytes = rows * width * bytes_per_element;
-    Cost { flops: 0, weight_bytes: bytes, activation_bytes: bytes, kv_bytes: 0 }
+    noted(Cost { flops: 0, weight_bytes: bytes, activation_bytes: bytes, kv_bytes: 0 })
 }
 
 /// A convolution over pictures.
@@ -353,7 +396,7 @@ impl Conv2d {
         // weights behind one output element
         let window = self.in_channels / self.groups * self.kernel[0] * self.kernel[1];
         let outputs = self.batch * self.out_channels * self.output[0] * self.output[1];
-        Cost {
+        noted(Cost {
             // a multiply-add per weight of the window, an addition for the bias
             flops: 2 * outputs * window + bias * outputs,
             // every kernel and bias, once
@@ -361,7 +404,7 @@ impl Conv2d {
             // the output
             activation_bytes: outputs * bytes_per_element,
             kv_bytes: 0,
-        }
+        })
     }
 }
 

@@ -81,6 +81,8 @@ metrics! {
     DEVICE_PEAK = "device_peak", "device peak", "B", Lower, "Largest device memory seen in use.";
     ENERGY = "energy", "energy", "J", Lower, "Energy of an interval.";
     POWER = "power", "power", "W", Lower, "Mean power over an interval.";
+    CLOCK = "clock", "clock", "MHz", Neither, "Clock of the CPU, the mean over its cores.";
+    TEMPERATURE = "temperature", "temperature", "°C", Neither, "The hottest sensor of the CPU.";
     ENERGY_PER_UNIT = "energy_per_unit", "J/unit", "J/unit", Lower,
         "Energy of the steady interval over the units worked off in it, idle power included.";
     P50 = "p50", "p50", "", Neither, "Median of the raw samples.";

@@ -14,7 +14,9 @@ use crate::cost::PhaseCost;
 use crate::hardware::Machine;
 use crate::meters::Reading;
 use crate::optimize::Plan;
+use crate::profile::Profile;
 use crate::session::{Engine, Phase};
+use crate::sustain::Sustained;
 
 /// Version of the format. A reader refuses newer lines by name; older ones are read.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -137,6 +139,12 @@ pub struct Measurement {
     pub cost: Vec<PhaseCost>,
     /// Readings by interval: `load`, `first_call`, `steady`.
     pub readings: BTreeMap<String, Vec<Reading>>,
+    /// Where the time of a call goes, where that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub profile: Option<Profile>,
+    /// A long run behind the samples, where that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sustained: Option<Sustained>,
 }
 
 /// One call in the steady state.
@@ -453,6 +461,8 @@ pub(crate) mod tests {
                 stop: StopRule::SpreadSettled,
                 cost: vec![PhaseCost { phase: Phase::Forward, repeats: 1, cost }],
                 readings: BTreeMap::from([("steady".into(), vec![memory])]),
+                profile: None,
+                sustained: None,
             })),
             warnings: vec![Warning { kind: "load".into(), message: "load average 3.1 on 2 CPUs".into() }],
             machine: crate::roofline::tests::machine(),

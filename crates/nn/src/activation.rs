@@ -117,6 +117,7 @@ impl Activation {
         if self == Self::Identity {
             return Ok(x.clone());
         }
+        let _span = cost::span("activation", None);
         self.note_cost(x.elem_count());
         if !op::is_cpu_f32(x) {
             return self.forward_plain(x);

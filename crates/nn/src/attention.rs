@@ -420,6 +420,7 @@ impl Attention {
     /// When shapes do not fit together, or `kv_heads` does not divide `heads`.
     pub fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Mask>) -> Result<Tensor> {
         let sizes = self.check(q, k, v, mask)?;
+        let _span = cost::span("attention", None);
         cost::note(|| {
             let shape = [sizes.batch, sizes.queries, sizes.keys];
             cost::attention(self.pattern, shape, [self.heads, self.head_dim], q.dtype().size_in_bytes())

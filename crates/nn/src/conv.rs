@@ -267,6 +267,8 @@ pub struct Conv2d {
     channels: (usize, usize),
     config: Conv2dConfig,
     weight: Arc<Weight<PackedConv>>,
+    /// For a profile.
+    name: Option<Arc<str>>,
 }
 
 enum Weight<P> {
@@ -291,10 +293,13 @@ impl Conv2d {
         }
         check_bias(bias, out)?;
         let channels = (per_group * groups, out);
+        if options::current().sizes_only {
+            return Ok(Self { channels, config, weight: Arc::new(Weight::sizes_of(weight, bias)?), name: None });
+        }
         let packed = on_cpu(&weight.permute((0, 2, 3, 1))?.contiguous()?, |weights| {
             PackedConv::pack(weights, channels.0, out, config.geometry()).map_err(candle_core::Error::wrap)
         })?;
-        Ok(Self { channels, config, weight: Arc::new(Weight::new(packed, weight, bias)?) })
+        Ok(Self { channels, config, weight: Arc::new(Weight::new(packed, weight, bias)?), name: None })
     }
 
     /// Reads `weight` (out, in / groups, kernel height, kernel width) and, if wanted, `bias` (out).
@@ -308,8 +313,8 @@ impl Conv2d {
         bias: bool,
         vb: VarBuilder<'_>,
     ) -> Result<Self> {
-        let (weight, bias) = read(in_channels, out_channels, &config, bias, vb)?;
-        Self::new(&weight, bias.as_ref(), config)
+        let (weight, bias) = read(in_channels, out_channels, &config, bias, &vb)?;
+        Ok(Self::new(&weight, bias.as_ref(), config)?.named(&vb))
     }
 
     /// Likewise, followed by `norm`, which is folded into the weights.
@@ -324,9 +329,14 @@ impl Conv2d {
         norm: &BatchNorm,
         vb: VarBuilder<'_>,
     ) -> Result<Self> {
-        let (weight, bias) = read(in_channels, out_channels, &config, bias, vb)?;
+        let (weight, bias) = read(in_channels, out_channels, &config, bias, &vb)?;
         let (weight, bias) = norm.fold(&weight, bias.as_ref())?;
-        Self::new(&weight, Some(&bias), config)
+        Ok(Self::new(&weight, Some(&bias), config)?.named(&vb))
+    }
+
+    /// Named by its weights, for a profile.
+    fn named(self, vb: &VarBuilder<'_>) -> Self {
+        Self { name: Some(vb.prefix().into()), ..self }
     }
 
     /// Bytes that the weights and the bias occupy.
@@ -353,6 +363,7 @@ impl Conv2d {
     /// As for [`forward`](Self::forward).
     pub fn forward_act(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
         let shape = self.out_shape(x)?;
+        let _span = cost::span("convolution", self.name.as_ref());
         self.note_cost(shape, x.dtype());
         match &*self.weight {
             Weight::Packed { packed, bias } => {
@@ -378,6 +389,7 @@ impl Conv2d {
         if residual.dims() != shape {
             bail!("a convolution's residual has shape {:?}, the result {shape:?}", residual.dims());
         }
+        let _span = cost::span("convolution", self.name.as_ref());
         self.note_cost(shape, x.dtype());
         cost::elementwise(residual.elem_count(), 1);
         match &*self.weight {
@@ -449,7 +461,7 @@ fn read(
     out_channels: usize,
     config: &Conv2dConfig,
     bias: bool,
-    vb: VarBuilder<'_>,
+    vb: &VarBuilder<'_>,
 ) -> Result<(Tensor, Option<Tensor>)> {
     let (height, width) = config.kernel;
     let weight = vb.get((out_channels, per_group(in_channels, config.groups)?, height, width), "weight")?;
@@ -504,6 +516,10 @@ impl<P> Weight<P> {
         };
         let bias = bias.map(|bias| bias.to_dtype(DType::F32)?.to_vec1::<f32>()).transpose()?;
         Ok(Self::Packed { packed, bias })
+    }
+
+    fn sizes_of(weight: &Tensor, bias: Option<&Tensor>) -> Result<Self> {
+        Ok(Self::Plain { weight: op::sizes_of(weight)?, bias: bias.map(op::sizes_of).transpose()? })
     }
 
     fn bytes(&self, packed_bytes: impl Fn(&P) -> usize) -> usize {
@@ -595,7 +611,8 @@ impl Conv1d {
     ) -> Result<Self> {
         let weight = vb.get((out_channels, per_group(in_channels, config.groups)?, config.kernel), "weight")?;
         let bias = if bias { Some(vb.get(out_channels, "bias")?) } else { None };
-        Self::new(&weight, bias.as_ref(), config)
+        let conv = Self::new(&weight, bias.as_ref(), config)?;
+        Ok(Self(conv.0.named(&vb)))
     }
 
     /// Bytes that the weights and the bias occupy.
@@ -831,6 +848,9 @@ impl ConvTranspose2d {
         }
         let out = per_group * groups;
         check_bias(bias, out)?;
+        if options::current().sizes_only {
+            return Ok(Self { channels: (inputs, out), config, weight: Arc::new(Weight::sizes_of(weight, bias)?) });
+        }
         let is_half = matches!(weight.dtype(), DType::BF16 | DType::F16) && weight.device().is_cpu();
         let wide = if is_half { weight.to_dtype(DType::F32)? } else { weight.clone() };
         let packed = if op::is_cpu_f32(&wide) && options::current().packed_weights {
@@ -896,6 +916,7 @@ impl ConvTranspose2d {
             )
         };
         let shape = [batch, size[0], size[1], self.channels.1];
+        let _span = cost::span("transposed convolution", None);
         self.note_cost(x, shape);
         match &*self.weight {
             Weight::Packed { packed, bias } => {

@@ -6,9 +6,12 @@
 //! written, in the precision in which they are. Element-wise work counts as fused into what it follows and moves
 //! nothing.
 //!
-//! Counting is per thread and costs one thread-local load where it is off.
+//! [`profile`] also takes the time of each operation. Both are per thread and cost a thread-local load each where they are
+//! off.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::attention::Pattern;
 
@@ -34,8 +37,107 @@ impl std::ops::Add for Recorded {
     }
 }
 
+impl std::ops::Sub for Recorded {
+    type Output = Self;
+    fn sub(self, other: Self) -> Self {
+        Self {
+            flops: self.flops - other.flops,
+            weight_bytes: self.weight_bytes - other.weight_bytes,
+            activation_bytes: self.activation_bytes - other.activation_bytes,
+        }
+    }
+}
+
+/// An operation of a block, with its time.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Span {
+    /// What it is: `linear`, `attention`.
+    pub operator: &'static str,
+    /// Name of its weights, where the block read them by one: `encoder.layer.3.output.dense`.
+    pub name: Option<Arc<str>>,
+    /// When it began, from the start of the profile.
+    pub start: Duration,
+    /// How long it took.
+    pub time: Duration,
+    /// What it did.
+    pub cost: Recorded,
+}
+
+/// A profile that is being taken.
+struct Profile {
+    began: Instant,
+    spans: Vec<Span>,
+    /// Within an operation, of which others are a part.
+    open: bool,
+}
+
 thread_local! {
     static RECORDED: Cell<Option<Recorded>> = const { Cell::new(None) };
+    static PROFILE: RefCell<Option<Profile>> = const { RefCell::new(None) };
+}
+
+/// Runs `f` and takes the time of each operation of its blocks on this thread, in order. What a model does in candle's own
+/// operations lies between them. On a device other than the CPU it is the time of handing an operation over.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use roofbench_nn::{cost, linear::Linear};
+///
+/// let linear = Linear::new(&Tensor::new(&[[1f32, 2., 3.]], &Device::Cpu)?, None)?;
+/// let x = Tensor::new(&[[1f32, 1., 1.]], &Device::Cpu)?;
+/// let (y, spans) = cost::profile(|| linear.forward(&x));
+/// assert_eq!(y?.to_vec2::<f32>()?, [[6.]]);
+/// assert_eq!((spans.len(), spans[0].operator, spans[0].cost.flops), (1, "linear", 6));
+/// # Ok::<(), candle_core::Error>(())
+/// ```
+pub fn profile<T>(f: impl FnOnce() -> T) -> (T, Vec<Span>) {
+    /// Gives an outer profile back, also when `f` panics.
+    struct Outer(Option<Profile>);
+    impl Drop for Outer {
+        fn drop(&mut self) {
+            drop(PROFILE.replace(self.0.take()));
+        }
+    }
+    let profile = Profile { began: Instant::now(), spans: Vec::new(), open: false };
+    let _outer = Outer(PROFILE.replace(Some(profile)));
+    let (result, _) = record(f);
+    let spans = PROFILE.with_borrow_mut(|profile| profile.take()).map_or_else(Vec::new, |profile| profile.spans);
+    (result, spans)
+}
+
+/// An operation that is timed until this is dropped.
+pub(crate) struct Timed {
+    operator: &'static str,
+    name: Option<Arc<str>>,
+    began: Instant,
+    before: Recorded,
+}
+
+/// Times the operation that begins here, where a profile is taken and it is not a part of another.
+pub(crate) fn span(operator: &'static str, name: Option<&Arc<str>>) -> Option<Timed> {
+    PROFILE.with_borrow_mut(|profile| {
+        let profile = profile.as_mut().filter(|profile| !profile.open)?;
+        profile.open = true;
+        let before = RECORDED.get().unwrap_or_default();
+        Some(Timed { operator, name: name.cloned(), began: Instant::now(), before })
+    })
+}
+
+impl Drop for Timed {
+    fn drop(&mut self) {
+        let time = self.began.elapsed();
+        PROFILE.with_borrow_mut(|profile| {
+            let Some(profile) = profile else { return };
+            profile.open = false;
+            profile.spans.push(Span {
+                operator: self.operator,
+                name: self.name.take(),
+                start: self.began.duration_since(profile.began),
+                time,
+                cost: RECORDED.get().unwrap_or_default() - self.before,
+            });
+        });
+    }
 }
 
 /// Runs `f` and counts what its blocks do on this thread. An outer call counts what an inner one does.
@@ -182,6 +284,24 @@ mod tests {
         assert_eq!(over(Pattern::Causal, 4, 4), of(10));
         assert_eq!(over(Pattern::Causal, 1, 4), of(4));
         assert_eq!(over(Pattern::Sliding(2), 4, 4), of(7));
+        Ok(())
+    }
+
+    #[test]
+    fn operations_are_timed_in_order_and_their_parts_are_not() -> Result<()> {
+        let ones = |shape: &[usize]| Tensor::ones(shape, DType::F32, &Device::Cpu);
+        let (norm, linear) = (LayerNorm::new(&ones(&[3])?, None, 1e-5)?, Linear::new(&ones(&[4, 3])?, None)?);
+        let linear = linear.named("layer.0.dense");
+        assert!(span("off", None).is_none());
+        let (y, spans) = profile(|| linear.forward_act(&norm.forward(&ones(&[2, 3])?)?, Activation::Gelu));
+        assert_eq!(y?.dims(), [2, 4]);
+        let found: Vec<_> = spans.iter().map(|span| (span.operator, span.name.as_deref(), span.cost.flops)).collect();
+        // the activation is a part of the product
+        assert_eq!(found, [("layer norm", None, 42), ("linear", Some("layer.0.dense"), 2 * 24 + 8)]);
+        assert!(spans[0].start + spans[0].time <= spans[1].start);
+        assert!(PROFILE.with_borrow(Option::is_none) && RECORDED.get().is_none());
+        assert!(std::panic::catch_unwind(|| profile(|| panic!("in the middle"))).is_err());
+        assert!(PROFILE.with_borrow(Option::is_none));
         Ok(())
     }
 

@@ -7,7 +7,7 @@ use candle_nn::VarBuilder;
 
 use crate::cost;
 use crate::linear::Linear;
-use crate::op;
+use crate::{op, options};
 
 /// Elements that one thread copies at a time, about.
 const CHUNK: usize = 16384;
@@ -28,6 +28,11 @@ pub struct Embedding {
     table: Table,
     vocab: usize,
     dim: usize,
+}
+
+/// A table as it is kept.
+fn kept(table: &Tensor) -> Result<Tensor> {
+    if options::current().sizes_only { op::sizes_of(table) } else { table.contiguous() }
 }
 
 #[derive(Clone)]
@@ -54,10 +59,10 @@ impl Embedding {
     /// As for [`load`](Self::load).
     pub fn load_tied(vocab: usize, dim: usize, vb: VarBuilder) -> Result<(Self, Linear)> {
         let weight = vb.get((vocab, dim), "weight")?;
-        let output = Linear::new(&weight, None)?;
+        let output = Linear::new(&weight, None)?.named(&vb.prefix());
         let table = match output.packed() {
             Some(_) => Table::Packed { output: output.clone(), dtype: weight.dtype() },
-            None => Table::Plain(weight.contiguous()?),
+            None => Table::Plain(kept(&weight)?),
         };
         Ok((Self { table, vocab, dim }, output))
     }
@@ -68,7 +73,7 @@ impl Embedding {
     /// When it has another number of dimensions.
     pub fn new(table: &Tensor) -> Result<Self> {
         let (vocab, dim) = table.dims2()?;
-        Ok(Self { table: Table::Plain(table.contiguous()?), vocab, dim })
+        Ok(Self { table: Table::Plain(kept(table)?), vocab, dim })
     }
 
     /// The layer that scores every row of the table, x Wᵀ + b.
@@ -95,6 +100,7 @@ impl Embedding {
             Table::Plain(table) => (table.dtype(), table.device()),
             Table::Packed { dtype, .. } => (*dtype, &Device::Cpu),
         };
+        let _span = cost::span("embedding", None);
         cost::note(|| {
             let (elements, stored) = (ids.elem_count() * dim, dtype.size_in_bytes());
             let written = if device.is_cpu() { size_of::<f32>() } else { stored };

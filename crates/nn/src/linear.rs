@@ -4,7 +4,7 @@
 use std::mem::MaybeUninit;
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, DType, Layout, Result, Shape, Storage, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, DType, IndexOp, Layout, Result, Shape, Storage, Tensor, bail};
 use candle_nn::VarBuilder;
 
 use crate::activation::Activation;
@@ -49,6 +49,8 @@ pub struct Linear {
     in_dim: usize,
     out_dim: usize,
     weight: Weight,
+    /// For a profile.
+    name: Option<Arc<str>>,
 }
 
 #[derive(Clone)]
@@ -100,11 +102,13 @@ impl Linear {
     /// # Errors
     /// When the shapes do not fit together, or as for [`new_with`](Self::new_with).
     pub fn new(weight: &Tensor, bias: Option<&Tensor>) -> Result<Self> {
-        let precision = options::current().precision;
+        let options = options::current();
+        let precision = options.precision;
         let linear = Self::new_with(weight, bias, precision)?;
         if precision != Precision::Native {
             let native = |x: &Tensor| x.elem_count() * x.dtype().size_in_bytes();
-            options::note_quantized(native(weight) + bias.map_or(0, native), linear.weight_bytes());
+            let kept = if options.sizes_only { linear.quantized_bytes(precision) } else { linear.weight_bytes() };
+            options::note_quantized(native(weight) + bias.map_or(0, native), kept);
         }
         Ok(linear)
     }
@@ -128,6 +132,10 @@ impl Linear {
     pub fn new_with(weight: &Tensor, bias: Option<&Tensor>, precision: Precision) -> Result<Self> {
         memory::keep_freed_memory();
         let (out_dim, in_dim) = weight.dims2()?;
+        if options::current().sizes_only {
+            let weight = Weight::Plain { weight: op::sizes_of(weight)?, bias: None };
+            return Self { in_dim, out_dim, weight, name: None }.with_bias(bias);
+        }
         let weight = match pack_as(&weight.contiguous()?, out_dim, in_dim, precision)? {
             Some(matrix) => Weight::Packed { matrix: Arc::new(matrix), bias: None },
             None if precision != Precision::Native => bail!(
@@ -137,7 +145,7 @@ impl Linear {
             ),
             None => Weight::Plain { weight: op::unpacked(weight)?, bias: None },
         };
-        Self { in_dim, out_dim, weight }.with_bias(bias)
+        Self { in_dim, out_dim, weight, name: None }.with_bias(bias)
     }
 
     /// The same weights, which are shared, with another `bias` (out), or with none.
@@ -160,7 +168,7 @@ impl Linear {
                 Weight::Plain { weight: weight.clone(), bias: bias.map(op::unpacked).transpose()? }
             }
         };
-        Ok(Self { weight, ..*self })
+        Ok(Self { weight, name: self.name.clone(), ..*self })
     }
 
     /// Reads `weight` (out, in) and, if wanted, `bias` (out).
@@ -170,7 +178,7 @@ impl Linear {
     pub fn load(in_dim: usize, out_dim: usize, bias: bool, vb: VarBuilder<'_>) -> Result<Self> {
         let weight = vb.get((out_dim, in_dim), "weight")?;
         let bias = if bias { Some(vb.get(out_dim, "bias")?) } else { None };
-        Self::new(&weight, bias.as_ref())
+        Ok(Self::new(&weight, bias.as_ref())?.named(&vb.prefix()))
     }
 
     /// Several layers on the same input as one product: its outputs are theirs, side by side in the order of `parts`
@@ -181,13 +189,25 @@ impl Linear {
     pub fn load_fused(in_dim: usize, parts: &[(&str, usize)], bias: bool, vb: VarBuilder<'_>) -> Result<Self> {
         let weights =
             parts.iter().map(|&(name, out)| vb.pp(name).get((out, in_dim), "weight")).collect::<Result<Vec<_>>>()?;
+        let out_dim = parts.iter().map(|(_, out)| out).sum::<usize>();
         let biases = parts
             .iter()
             .filter(|_| bias)
             .map(|&(name, out)| vb.pp(name).get(out, "bias"))
             .collect::<Result<Vec<_>>>()?;
         let bias = if bias { Some(Tensor::cat(&biases, 0)?) } else { None };
-        Self::new(&Tensor::cat(&weights, 0)?, bias.as_ref())
+        let weight = match weights.first() {
+            Some(first) if options::current().sizes_only => first.i(0)?.broadcast_as((out_dim, in_dim))?,
+            _ => Tensor::cat(&weights, 0)?,
+        };
+        let names: Vec<&str> = parts.iter().map(|(name, _)| *name).collect();
+        Ok(Self::new(&weight, bias.as_ref())?.named(&vb.pp(names.join("+")).prefix()))
+    }
+
+    /// Named by its weights, for a [`profile`](cost::profile).
+    #[must_use]
+    pub fn named(self, name: &str) -> Self {
+        Self { name: Some(name.into()), ..self }
     }
 
     /// The weights as a table of rows, where the kernel's are not rounded further: see
@@ -231,6 +251,17 @@ impl Linear {
         }
     }
 
+    /// Those in the form of `precision`, which they are not in yet.
+    fn quantized_bytes(&self, precision: Precision) -> usize {
+        let bias = if self.has_bias() { self.out_dim * size_of::<f32>() } else { 0 };
+        let quantization = match precision {
+            Precision::Native => return self.weight_bytes(),
+            Precision::Q8 => Quantization::Q8,
+            Precision::Q4 => Quantization::Q4,
+        };
+        quantization.bytes(self.out_dim, self.in_dim) + bias
+    }
+
     /// x Wᵀ + b.
     ///
     /// # Shapes
@@ -251,6 +282,7 @@ impl Linear {
     /// As for [`forward`](Self::forward).
     pub fn forward_act(&self, x: &Tensor, activation: Activation) -> Result<Tensor> {
         self.check(x)?;
+        let _span = cost::span("linear", self.name.as_ref());
         self.note_cost(x.elem_count() / self.in_dim.max(1), x.dtype());
         match &self.weight {
             Weight::Packed { matrix, bias } => {
@@ -275,6 +307,7 @@ impl Linear {
         if residual.shape() != &shape {
             bail!("linear: the residual has shape {:?}, the result {shape:?}", residual.shape());
         }
+        let _span = cost::span("linear", self.name.as_ref());
         self.note_cost(x.elem_count() / self.in_dim.max(1), x.dtype());
         cost::elementwise(shape.elem_count(), 1);
         match &self.weight {
@@ -333,6 +366,7 @@ impl Linear {
         if let Some(residual) = residual.filter(|residual| residual.shape() != &shape) {
             bail!("linear: the residual has shape {:?}, the result {shape:?}", residual.shape());
         }
+        let _span = cost::span("linear", self.name.as_ref());
         self.note_cost(index.rows().len(), x.dtype());
         let run = |x: (&CpuStorage, &Layout), residual: Option<(&CpuStorage, &Layout)>| {
             let residual = residual.map(rows).transpose()?;
@@ -513,7 +547,7 @@ impl CustomOp2 for Product<'_> {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, IndexOp};
+    use candle_core::Device;
     use candle_nn::VarMap;
 
     use super::*;

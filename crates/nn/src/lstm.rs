@@ -140,6 +140,7 @@ impl Layer {
     /// batch, 4 · hidden) and the state before.
     fn steps(&self, gates: &Tensor, h: &Tensor, c: &Tensor) -> Result<(Tensor, Tensor)> {
         let (seq, batch, hidden) = (gates.dim(0)?, gates.dim(1)?, gates.dim(2)? / 4);
+        let _span = cost::span("lstm", None);
         cost::note(|| {
             let (rows, bytes) = (seq * batch, gates.dtype().size_in_bytes());
             let weights = match &self.recurrent {

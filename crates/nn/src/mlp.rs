@@ -163,6 +163,7 @@ pub fn gated(gate_up: &Tensor, act: Activation) -> Result<Tensor> {
         bail!("gated: the input has shape {:?}, its last dimension should be even", gate_up.dims())
     }
     let inner = width / 2;
+    let _span = cost::span("gate", None);
     if !op::is_cpu_f32(gate_up) {
         let last = outer.len();
         cost::elementwise(gate_up.elem_count() / 2, 1);

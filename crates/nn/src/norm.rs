@@ -89,6 +89,7 @@ impl LayerNorm {
         let size = self.weight.elem_count();
         check_size("LayerNorm", x, size)?;
         // sum, subtract the mean, square and sum, multiply by the inverse deviation, multiply-add of weight and bias
+        let _span = cost::span("layer norm", None);
         note_cost(x, 7, &[&self.weight, &self.bias]);
         if !op::is_cpu_f32(x) {
             let (weight, bias) = (self.weight.to_dtype(x.dtype())?, self.bias.to_dtype(x.dtype())?);
@@ -167,6 +168,7 @@ impl RmsNorm {
         let size = self.weight.elem_count();
         check_size("RmsNorm", x, size)?;
         // square and sum, multiply by the inverse root, multiply by the weight
+        let _span = cost::span("rms norm", None);
         note_cost(x, 4, &[&self.weight]);
         if !op::is_cpu_f32(x) {
             let weight = self.weight.to_dtype(x.dtype())?;
@@ -247,6 +249,7 @@ impl GroupNorm {
             candle_core::bail!("GroupNorm got an input of shape {:?}, without a batch", x.dims())
         };
         // as for LayerNorm
+        let _span = cost::span("group norm", None);
         note_cost(x, 7, &[&self.weight, &self.bias]);
         if !op::is_cpu_f32(x) {
             return activation.forward(&self.forward_plain(x, pixels)?);
@@ -326,6 +329,7 @@ impl ResponseNorm {
             candle_core::bail!("ResponseNorm got an input of shape {:?}, without a batch", x.dims())
         };
         // square and sum, multiply-add of scale and bias
+        let _span = cost::span("response norm", None);
         note_cost(x, 4, &[&self.weight, &self.bias]);
         if !op::is_cpu_f32(x) {
             return self.forward_plain(x, pixels);

@@ -19,6 +19,11 @@ pub(crate) fn unpacked(weight: &Tensor) -> Result<Tensor> {
     }
 }
 
+/// One number in the place of all those of a tensor, as [`Options::sizes_only`](crate::options::Options::sizes_only) asks.
+pub(crate) fn sizes_of(weight: &Tensor) -> Result<Tensor> {
+    Tensor::zeros((), weight.dtype(), weight.device())?.broadcast_as(weight.shape())
+}
+
 /// The elements of a contiguous tensor.
 pub(crate) fn elements<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
     let Some((start, end)) = layout.contiguous_offsets() else {

@@ -36,6 +36,9 @@ pub struct Options {
     pub fused_attention: bool,
     /// A last layer of which only the first rows are used, such as a class token's, computes no others.
     pub class_token_only: bool,
+    /// Blocks keep the sizes of their weights and none of the numbers, so that a model of any size loads in no time and
+    /// next to no memory: to ask for its cost, and not to be called.
+    pub sizes_only: bool,
 }
 
 impl Default for Options {
@@ -46,6 +49,7 @@ impl Default for Options {
             bf16_products: None,
             fused_attention: true,
             class_token_only: true,
+            sizes_only: false,
         }
     }
 }
@@ -187,6 +191,31 @@ mod tests {
         let linear = with(switched(&[("weights-q4", true)]), || Linear::new(&weight, None))?;
         let expected = Quantized { native_bytes: 4 * 32 * 64, kept_bytes: linear.weight_bytes() as u64 };
         assert_eq!((take_quantized(), take_quantized()), (expected, Quantized::default()));
+        Ok(())
+    }
+
+    #[test]
+    fn sizes_alone_take_no_memory() -> Result<()> {
+        let big = |shape: &[usize]| Tensor::zeros((), DType::BF16, &Device::Cpu)?.broadcast_as(shape);
+        let sizes_only = |precision| Options { sizes_only: true, precision, ..Options::default() };
+        // a thousand gigabytes each, and a bias in f32
+        let (linear, conv) = with(sizes_only(Precision::Native), || {
+            let linear = Linear::new(&big(&[1 << 20, 1 << 19])?, Some(&big(&[1 << 20])?))?;
+            Ok::<_, candle_core::Error>((
+                linear,
+                Conv2d::new(&big(&[1 << 19, 1 << 16, 4, 4])?, None, Conv2dConfig::new(4))?,
+            ))
+        })?;
+        assert_eq!((linear.in_dim(), linear.out_dim(), linear.has_bias()), (1 << 19, 1 << 20, true));
+        assert_eq!((linear.weight_bytes(), conv.weight_bytes()), ((1 << 40) + (4 << 20), 1 << 40));
+        // what quantising would make of it is counted as if it had been done
+        let quantized = |options, weight: &Tensor| {
+            take_quantized();
+            with(options, || Linear::new(weight, None)).map(|_| take_quantized())
+        };
+        let native = Options { precision: Precision::Q8, ..Options::default() };
+        let small = Tensor::ones((64, 96), DType::F32, &Device::Cpu)?;
+        assert_eq!(quantized(sizes_only(Precision::Q8), &small)?, quantized(native, &small)?);
         Ok(())
     }
 

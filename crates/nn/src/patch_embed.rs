@@ -5,6 +5,7 @@ use std::mem::MaybeUninit;
 use candle_core::{Result, Tensor, bail};
 use candle_nn::VarBuilder;
 
+use crate::cost;
 use crate::gather::RowIndex;
 use crate::linear::Linear;
 use crate::op;
@@ -78,6 +79,7 @@ impl PatchEmbed {
 
     /// The pixels of each patch side by side: (batch, patches, channels · patch height · patch width).
     fn patches(&self, pixels: &Tensor) -> Result<Tensor> {
+        let _span = cost::span("patches", None);
         let (batch, channels, height, width) = pixels.dims4()?;
         let (ph, pw) = self.patch;
         let (rows, columns) = (height / ph, width / pw);
@@ -198,6 +200,7 @@ impl PatchEmbed3d {
 
     /// The pixels of each patch side by side: (batch, patches, channels · patch frames · patch height · patch width).
     fn patches(&self, video: &Tensor) -> Result<Tensor> {
+        let _span = cost::span("patches", None);
         let (batch, channels, frames, height, width) = video.dims5()?;
         let [pf, ph, pw] = self.patch;
         let (times, rows, columns) = (frames / pf, height / ph, width / pw);

@@ -92,6 +92,7 @@ pub fn avg_pool_2d(x: &Tensor, config: Pool2dConfig, count_include_pad: bool) ->
 /// ```
 pub fn global_avg_pool_2d(x: &Tensor) -> Result<Tensor> {
     let (_, height, width, _) = x.dims4()?;
+    let _span = cost::span("pooling", None);
     cost::elementwise(x.elem_count(), 1); // the sum
     if !op::is_cpu_f32(x) && height * width > 0 {
         return x.mean((1, 2));
@@ -101,6 +102,7 @@ pub fn global_avg_pool_2d(x: &Tensor) -> Result<Tensor> {
 }
 
 fn pooled(x: &Tensor, config: Pool2dConfig, reduction: Reduction) -> Result<Tensor> {
+    let _span = cost::span("pooling", None);
     let (batch, height, width, channels) = x.dims4()?;
     let Pool2dConfig { kernel, stride, padding, ceil_mode } = config;
     let windows = Windows { kernel: kernel.into(), stride: stride.into(), padding: padding.into(), ceil: ceil_mode };

@@ -116,6 +116,7 @@ impl RelativeBias {
         if heads != self.by_head.len() {
             bail!("RelativeBias: a gate of shape {:?} is not for {} heads", gate.dims(), self.by_head.len())
         }
+        let _span = cost::span("relative bias", None);
         cost::elementwise(batch * heads * seq * seq, 1);
         if !op::is_cpu_f32(gate) || batch * seq == 0 {
             return self.forward(seq, seq)?.to_dtype(gate.dtype())?.broadcast_mul(&gate.unsqueeze(3)?);
@@ -171,6 +172,7 @@ pub fn sum_of_biases(terms: &[(&RelativeBias, &[Vec<i64>])], scale: f32) -> Resu
     if !terms.iter().all(alike) {
         bail!("sum_of_biases: the terms differ in items, rows or heads; the first has {batch}, {seq} and {heads}")
     }
+    let _span = cost::span("relative bias", None);
     cost::elementwise(batch * heads * seq * seq, terms.len());
     if batch * seq * heads == 0 {
         return Tensor::zeros((batch, heads, seq, seq), DType::F32, &first.device);

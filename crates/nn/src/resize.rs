@@ -118,6 +118,7 @@ pub fn nearest_add(x: &Tensor, base: &Tensor) -> Result<Tensor> {
     if base.dims() != [batch, height, width, channels] || from_height * from_width == 0 {
         bail!("nearest_add: {:?} can't be stretched to and added to {:?}", x.dims(), base.dims())
     }
+    let _span = cost::span("resize", None);
     cost::elementwise(base.elem_count(), 1);
     let rows: Vec<u32> = (0..height).map(|i| nearest(i, from_height, height) as u32).collect();
     let columns: Vec<u32> = (0..width).map(|i| nearest(i, from_width, width) as u32).collect();
@@ -206,6 +207,7 @@ fn grid(
     let (down, across) = (taps(from_rows, rows), taps(from_columns, columns));
     // a multiply-add for each neighbour
     let neighbours = |taps: &[Vec<_>]| taps.iter().map(Vec::len).sum::<usize>();
+    let _span = cost::span("resize", None);
     cost::elementwise(neighbours(&down) * neighbours(&across) * width, 2);
     let on_cpu = x.to_dtype(DType::F32)?.to_device(&candle_core::Device::Cpu)?.contiguous()?;
     let y = op::apply1("resize-grid", &on_cpu, |storage, layout| {
@@ -278,6 +280,7 @@ fn resize<const N: usize>(
         bail!("resize: from {from_height} x {from_width} to {height} x {width}: a size of 0")
     }
     // a multiply-add for each neighbour
+    let _span = cost::span("resize", None);
     cost::elementwise(batch * channels * height * width, 2 * N * N);
     let (rows, columns) = (taps(from_height, height), taps(from_width, width));
     let on_cpu = x.to_dtype(DType::F32)?.to_device(&candle_core::Device::Cpu)?.contiguous()?;

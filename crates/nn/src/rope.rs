@@ -479,6 +479,7 @@ impl RopeTable {
             )
         }
         // two products and a sum
+        let _span = cost::span("rope", None);
         cost::elementwise(batch * seq * heads * self.rotary, 3);
         if !op::is_cpu_f32(&x) {
             return self.rotate_plain(&x);

@@ -134,6 +134,7 @@ impl WindowAttention {
                 bail!("WindowAttention: the {name} have shape {:?}, expected {expected:?}", x.dims())
             }
         }
+        let _span = cost::span("window attention", None);
         self.note_cost(batch, q.dtype());
         if !options::current().fused_attention || ![q, k, v].into_iter().all(op::is_cpu_f32) {
             return self.forward_plain(q, k, v);

@@ -12,7 +12,8 @@ use roofbench_core::session::{Engine, Phase};
 use crate::format::{self, NONE};
 
 /// Settings asked for that say how long to sample, and not what: a longer run of the same cell takes the place of a quick one.
-const SAMPLING: [&str; 6] = ["quick", "target", "min-samples", "max-samples", "min-time", "max-time"];
+const SAMPLING: [&str; 8] =
+    ["quick", "target", "min-samples", "max-samples", "min-time", "max-time", "profile", "sustain"];
 
 /// The latest record of every cell (same machine, checkpoint, class, engine and settings asked for, other than those of
 /// sampling), in the order of their first appearance.

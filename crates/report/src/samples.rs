@@ -84,6 +84,34 @@ pub(crate) fn llama() -> Record {
     record
 }
 
+/// BERT with a profile of 12 products a layer, and a long run that ends a quarter slower.
+pub(crate) fn behind() -> Record {
+    let mut record = bert(10);
+    let Outcome::Measured(measurement) = &mut record.outcome else { unreachable!("it is measured") };
+    let operator = |operator: &str, layer: Option<&str>, count: u64, ns: u64, flops: u64| {
+        json!({"phase": "forward", "operator": operator, "layer": layer, "count": count, "ns": ns,
+               "cost": {"flops": flops, "weight_bytes": flops / 40, "activation_bytes": 0, "kv_bytes": 0}})
+    };
+    let profile = json!({"calls": 2, "total_ns": 40000000, "operators": [
+        operator("linear", Some("encoder.layer.0"), 12, 10000000, 800000000),
+        operator("linear", Some("encoder.layer.1"), 12, 10000000, 800000000),
+        operator("other", None, 1, 20000000, 0),
+    ]});
+    measurement.profile = serde_json::from_value(profile).unwrap();
+    let window = |i: u64| {
+        json!({"start_ns": i * 1000000000, "end_ns": (i + 1) * 1000000000, "calls": 20,
+               "median_ns": if i < 9 { 40000000 } else { 50000000 }, "clock_mhz": 3000.0 - 10.0 * i as f64,
+               "temperature_c": null, "power_w": null})
+    };
+    let sustained = json!({"asked_ns": 12000000000u64, "windows": (0..12).map(window).collect::<Vec<_>>(), "sensors": [
+        {"metric": "clock", "unit": "MHz", "scope": "machine", "sensor": "cpufreq", "provenance": "measured", "value": 2945.0},
+        {"metric": "temperature", "unit": "°C", "scope": "machine", "sensor": "none", "provenance": "unavailable",
+         "reason": "no temperature sensor"},
+    ]});
+    measurement.sustained = serde_json::from_value(sustained).unwrap();
+    record
+}
+
 /// Every text of a measured record turned against the page that shows it.
 pub(crate) fn hostile() -> Record {
     let text = || "<script>alert(\"1\")</script>,\n|`'&".to_owned();

@@ -44,7 +44,7 @@ pub mod tokenize;
 
 pub use candle_core;
 use roofbench_core::config;
-pub use roofbench_core::cost::{Cost, PhaseCost};
+pub use roofbench_core::cost::{Cost, Outline, PhaseCost};
 use roofbench_core::hardware::Machine;
 use roofbench_core::optimize::{Model, Optimization, Plan};
 pub use roofbench_core::session::{
@@ -172,6 +172,16 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
             reason: format!("is no text family here; supported: {}", FAMILIES.join(", ")),
         }),
     }
+}
+
+/// FLOPs and bytes of `call` on the model of `spec`, and the sizes of its weights, by config.json alone: no weights are
+/// read or made, whatever the size of the model.
+///
+/// # Errors
+/// As for [`load`] and [`Session::cost`].
+pub fn cost(spec: &ModelSpec, call: &Call) -> Result<Outline, SessionError> {
+    let sizes_only = options::Options { sizes_only: true, ..options::current() };
+    options::with(sizes_only, || Outline::of(spec, call, aliases(spec), load))
 }
 
 /// A decoder-only model behind the calls of its class.

@@ -58,7 +58,7 @@ pub mod resize;
 pub use candle_core;
 pub use image;
 pub use roofbench_core::classify;
-pub use roofbench_core::cost::{Cost, PhaseCost};
+pub use roofbench_core::cost::{Cost, Outline, PhaseCost};
 use roofbench_core::hardware::Machine;
 use roofbench_core::optimize::{Model, Optimization, Plan};
 pub use roofbench_core::session::{
@@ -143,6 +143,16 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
         (family @ ("sam" | "dinov2"), Engine::CandleTransformers) => Err(upstream::other_names(family)),
         (family, _) => Err(unknown_family(family)),
     }
+}
+
+/// FLOPs and bytes of `call` on the model of `spec`, and the sizes of its weights, by config.json alone: no weights are
+/// read or made, whatever the size of the model.
+///
+/// # Errors
+/// As for [`load`] and [`Session::cost`].
+pub fn cost(spec: &ModelSpec, call: &Call) -> Result<Outline, SessionError> {
+    let sizes_only = options::Options { sizes_only: true, ..options::current() };
+    options::with(sizes_only, || Outline::of(spec, call, aliases(&spec.family), load))
 }
 
 /// The picture processor of a family; `configs` are the `*config.json` files of its repository by name, of which

@@ -2,7 +2,9 @@
 
 pub(crate) mod ablate;
 pub(crate) mod list;
+pub(crate) mod predict;
 pub(crate) mod probe;
+pub(crate) mod recommend;
 pub(crate) mod report;
 pub(crate) mod run;
 pub(crate) mod sample;

@@ -8,14 +8,13 @@ use anyhow::Context;
 use roofbench_core::meters::clock;
 use roofbench_core::optimize::Switch;
 use roofbench_core::record::{Outcome, Record, StopRule, Writer};
-use serde_json::json;
 
 use super::ablate;
 use crate::arguments::{DTypeArg, DeviceArg, EXIT_FAILED, EXIT_INTERRUPTED, EngineArg, WeightsArg};
 use crate::job::Job;
-use crate::plan;
 use crate::supervise::{End, Supervisor, Told};
 use crate::ui::{self, Progress};
+use crate::{choice, plan};
 
 /// Measure models: latency, throughput, memory, energy, and how close they come to what the machine can do
 ///
@@ -40,6 +39,8 @@ Examples:
   roofbench run llama --opt +weights-q8,-decode-threads
                                            weights in 8 bits, all threads for decoding
   roofbench run vit --ablate               what each optimisation is worth here
+  roofbench run bert --profile             where the time goes, by operation
+  roofbench run bert --sustain 10m         what is left of the speed after ten minutes
   roofbench run bert --dry-run             what would be measured
 
 Exit status: 0 all is measured (or skipped with a reason), 1 a cell failed, 2 the command could not start,
@@ -133,6 +134,17 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "S", value_parser = seconds, help_heading = "Sampling")]
     pub(crate) timeout: Option<f64>,
 
+    /// Behind the samples: time, FLOPs and bytes of each operation and layer
+    #[arg(long, conflicts_with = "ablate", help_heading = "Behind the samples")]
+    pub(crate) profile: bool,
+    /// Its last call in Chrome's trace format, for chrome://tracing or ui.perfetto.dev
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["ablate", "dry_run"], help_heading = "Behind the samples")]
+    pub(crate) trace: Option<PathBuf>,
+    /// Calls for so long (90s, 10m), and what is left of the speed
+    #[arg(long, value_name = "TIME", value_parser = choice::seconds, conflicts_with = "ablate",
+          help_heading = "Behind the samples")]
+    pub(crate) sustain: Option<f64>,
+
     /// Text for the checkpoint's own tokenizer in place of drawn tokens; may be repeated, one batch
     #[arg(long, value_name = "TEXT", help_heading = "Real inputs", conflicts_with_all = ["image", "batch", "cell"])]
     pub(crate) text: Vec<String>,
@@ -195,6 +207,9 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let interrupted = supervisor.interrupted();
     if !arguments.json && !records.is_empty() {
         ui::print(&roofbench_report::table(&records))?;
+        for text in records.iter().flat_map(roofbench_report::details) {
+            ui::print(&text)?;
+        }
     }
     if !arguments.json {
         eprintln!("{} in {}", ui::count(records.len(), "record"), path.display());
@@ -271,14 +286,7 @@ fn default_output() -> anyhow::Result<PathBuf> {
 fn dry_run(arguments: &Arguments, jobs: &[Job]) -> anyhow::Result<ExitCode> {
     if arguments.json {
         for job in jobs {
-            let line = json!({
-                "family": job.family,
-                "cell": job.cell.name,
-                "engine": job.engine,
-                "requested": job.requested,
-                "command": plan::command(job),
-            });
-            ui::print(&line.to_string())?;
+            ui::print(&super::predict::planned(job).to_string())?;
         }
         return Ok(ExitCode::SUCCESS);
     }

@@ -2,6 +2,7 @@
 
 pub mod conditions;
 pub mod peaks;
+pub mod sensors;
 
 mod cgroup;
 mod cpu;

@@ -6,11 +6,13 @@
 pub mod alternation;
 
 mod sampler;
+mod sustain;
 mod sync;
 mod warmup;
 
 use std::time::Duration;
 
+pub use self::sustain::sustain;
 use crate::meters::clock::Clock;
 use crate::meters::{Meter, Reading};
 use crate::record::{Measurement, Sample, Warning};
@@ -108,6 +110,8 @@ pub enum Stage {
     WarmUp,
     /// Steady state.
     Steady,
+    /// A long run behind it.
+    Sustained,
 }
 
 impl std::fmt::Display for Stage {
@@ -117,6 +121,7 @@ impl std::fmt::Display for Stage {
             Self::FirstCall => "first call",
             Self::WarmUp => "warm-up",
             Self::Steady => "steady state",
+            Self::Sustained => "long run",
         })
     }
 }
@@ -247,6 +252,8 @@ pub fn measure(
         readings: [("load", load.readings), ("first_call", first_readings), ("steady", steady_readings)]
             .map(|(interval, readings)| (interval.to_owned(), readings))
             .into(),
+        profile: None,
+        sustained: None,
     })
 }
 

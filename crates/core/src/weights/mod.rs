@@ -34,6 +34,9 @@ pub enum Source {
         /// Seed.
         seed: u64,
     },
+    /// None: every tensor has the shape that is asked for and takes no memory. For what follows from sizes alone, and
+    /// with blocks that keep no more than those.
+    Sizes,
     /// A folder (or one file): safetensors, sharded safetensors with its index, or PyTorch `.bin`.
     Local {
         /// Path.
@@ -107,6 +110,7 @@ struct Shared {
 #[derive(Debug)]
 enum Origin {
     Synthetic { seed: u64 },
+    Sizes,
     Stored { label: String, checkpoint: Checkpoint },
 }
 
@@ -133,6 +137,7 @@ impl Weights {
         let aliases = Aliases::compile(rules, class)?;
         let origin = match source {
             Source::Synthetic { seed } => Origin::Synthetic { seed: *seed },
+            Source::Sizes => Origin::Sizes,
             Source::Local { path } => {
                 Origin::Stored { label: path.display().to_string(), checkpoint: Checkpoint::open(path, &aliases)? }
             }
@@ -203,13 +208,10 @@ impl Weights {
 
     /// What was opened, for a record.
     pub fn describe(&self) -> Description {
+        let made = |source: String| Description { source, files: Vec::new(), bytes: None, stored_dtypes: Vec::new() };
         match &self.shared.origin {
-            Origin::Synthetic { seed } => Description {
-                source: format!("synthetic:{seed}"),
-                files: Vec::new(),
-                bytes: None,
-                stored_dtypes: Vec::new(),
-            },
+            Origin::Synthetic { seed } => made(format!("synthetic:{seed}")),
+            Origin::Sizes => made("sizes".to_owned()),
             Origin::Stored { label, checkpoint } => Description {
                 source: label.clone(),
                 files: checkpoint.files().map(Path::to_owned).collect(),
@@ -221,7 +223,7 @@ impl Weights {
 
     fn folder(&self) -> Option<&Path> {
         match &self.shared.origin {
-            Origin::Synthetic { .. } => None,
+            Origin::Synthetic { .. } | Origin::Sizes => None,
             Origin::Stored { checkpoint, .. } => Some(checkpoint.folder()),
         }
     }
@@ -235,10 +237,13 @@ impl Shared {
 
     /// The tensor, of `shape` where one is expected.
     fn get(&self, name: &str, shape: Option<&[usize]>, dtype: DType, device: &Device) -> Result<Tensor, WeightsError> {
+        let shape_of = || shape.ok_or_else(|| WeightsError::SyntheticShape { name: name.to_owned() });
         let tensor = match &self.origin {
-            Origin::Synthetic { seed } => {
-                let shape = shape.ok_or_else(|| WeightsError::SyntheticShape { name: name.to_owned() })?;
-                synthetic::tensor(name, shape, *seed, dtype, device)?
+            Origin::Synthetic { seed } => synthetic::tensor(name, shape_of()?, *seed, dtype, device)?,
+            Origin::Sizes => {
+                let shape = shape_of()?;
+                let all = Tensor::zeros((), dtype, device).and_then(|zero| zero.broadcast_as(shape));
+                all.map_err(|source| WeightsError::Tensor { name: name.to_owned(), source: Box::new(source) })?
             }
             Origin::Stored { checkpoint, .. } => checkpoint.load(name, shape, dtype, device)?,
         };
@@ -248,7 +253,7 @@ impl Shared {
 
     fn contains(&self, name: &str) -> bool {
         match &self.origin {
-            Origin::Synthetic { .. } => self.aliases.apply(name).as_deref() == Some(name),
+            Origin::Synthetic { .. } | Origin::Sizes => self.aliases.apply(name).as_deref() == Some(name),
             Origin::Stored { checkpoint, .. } => checkpoint.contains(name),
         }
     }
@@ -654,6 +659,16 @@ mod tests {
         let broken = [rule("(", None, ALWAYS)];
         let message = Weights::open(&Source::Synthetic { seed: 0 }, &broken, "M", &hub()).unwrap_err().to_string();
         assert!(message.contains("`(`"), "{message}");
+    }
+
+    #[test]
+    fn sizes_are_handed_out_and_noted_without_memory() {
+        let weights = Weights::open(&Source::Sizes, &[], "M", &hub()).unwrap();
+        let vb = weights.var_builder(DType::BF16, &Device::Cpu);
+        let tensor = vb.get((1 << 20, 1 << 20), "huge").unwrap();
+        assert_eq!((tensor.dims(), tensor.dtype()), (&[1 << 20, 1 << 20][..], DType::BF16));
+        assert_eq!(weights.requested()["huge"], [1 << 20, 1 << 20]);
+        assert!(weights.check_complete(false).is_ok() && weights.file("config.json").is_none());
     }
 
     #[test]

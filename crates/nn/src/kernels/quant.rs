@@ -71,6 +71,17 @@ pub enum Quantization {
     Q4,
 }
 
+impl Quantization {
+    /// Bytes that weights (n, k) take with their scales, the padding of the last panel apart.
+    pub fn bytes(self, n: usize, k: usize) -> usize {
+        let block = match self {
+            Self::Q8 => BLOCK,
+            Self::Q4 => BLOCK / 2,
+        };
+        n * k.div_ceil(BLOCK) * (block + size_of::<bf16>())
+    }
+}
+
 /// Weights (n, k), quantised and packed.
 pub struct QuantizedMatrix {
     dot: Dot,

@@ -1,5 +1,6 @@
 //! The report as one HTML file: no scripts, nothing fetched, light and dark, fit for a phone and for paper.
 
+mod behind;
 mod plot;
 
 use roofbench_core::meters::Quantity;
@@ -42,6 +43,8 @@ pub fn html(records: &[Record], families: &[&str]) -> String {
         throughput(&mut page, &measured);
         memory(&mut page, &measured);
         energy(&mut page, &measured);
+        behind::profiles(&mut page, &measured);
+        behind::long_runs(&mut page, &measured);
     }
     coverage_section(&mut page, records, families);
     notes(&mut page, &rows.notes());
@@ -504,6 +507,18 @@ mod tests {
         assert!(
             section(&page, "energy").contains("RAPL package-0") && section(&page, "energy").contains("Not measured")
         );
+    }
+
+    #[test]
+    fn what_was_measured_behind_the_samples_has_its_sections() {
+        let page = html(&[samples::behind()], &["bert"]);
+        assert_well_formed(&page);
+        let profile = section(&page, "profile");
+        assert!(profile.contains("80.0 GFLOP/s") && profile.contains("encoder.layer.1"), "{profile}");
+        let sustained = section(&page, "sustained");
+        assert!(sustained.contains("<svg ") && sustained.contains("no temperature sensor"), "{sustained}");
+        let plain = html(&[samples::bert(10)], &["bert"]);
+        assert!(!plain.contains("id=\"profile\"") && !plain.contains("id=\"sustained\""));
     }
 
     #[test]

@@ -315,3 +315,54 @@ fn tick(flops: f64) -> String {
     let (scale, prefix) = scale.unwrap_or((1.0, ""));
     format!("{:.0} {prefix}FLOP/s", flops / scale)
 }
+
+/// Shares over time, in seconds.
+pub(super) struct Curve {
+    pub(super) label: String,
+    pub(super) points: Vec<(f64, f64)>,
+}
+
+/// Lines over time with 1 as their common level, each named at its end.
+pub(super) fn curves(name: &str, curves: &[Curve]) -> PlotResult<String> {
+    const LINES: [RGBColor; 4] = [BLUE_, MUTED, ORANGE, GREEN_];
+    let all = || curves.iter().flat_map(|curve| curve.points.iter().copied());
+    let end = all().map(|(x, _)| x).fold(f64::MIN_POSITIVE, f64::max);
+    let low = all().map(|(_, y)| y).fold(0.95, f64::min);
+    let high = all().map(|(_, y)| y).fold(1.05, f64::max);
+    svg(name, 320, |root| {
+        let mut chart = ChartBuilder::on(root)
+            .margin(8)
+            .margin_right(VALUE)
+            .x_label_area_size(48)
+            .y_label_area_size(70)
+            .build_cartesian_2d(0.0..end, low..high)?;
+        chart
+            .configure_mesh()
+            .bold_line_style(GRID)
+            .light_line_style(GRID.mix(0.4))
+            .axis_style(MUTED)
+            .label_style(("sans-serif", FONT).into_font().color(&MUTED))
+            .axis_desc_style(("sans-serif", FONT).into_font().color(&INK))
+            .x_desc("seconds")
+            .y_label_formatter(&|y| format!("{:.0} %", 100.0 * y))
+            .draw()?;
+        chart.draw_series(LineSeries::new([(0.0, 1.0), (end, 1.0)], INK.stroke_width(1)))?;
+        // names keep a line of text apart
+        let mut lowest = i32::MIN;
+        let mut ends: Vec<(i32, usize)> = curves
+            .iter()
+            .enumerate()
+            .filter_map(|(place, curve)| Some((chart.backend_coord(curve.points.last()?).1, place)))
+            .collect();
+        for (curve, colour) in curves.iter().zip(LINES) {
+            chart.draw_series(LineSeries::new(curve.points.iter().copied(), colour.stroke_width(2)))?;
+        }
+        ends.sort_unstable();
+        for (height, place) in ends {
+            lowest = height.max(lowest.saturating_add(FONT as i32 + 2));
+            let at = (WIDTH as i32 - VALUE + 8, lowest);
+            text_at(root, &curves[place].label, at, style(FONT, LINES[place % 4], HPos::Left, VPos::Center))?;
+        }
+        Ok(())
+    })
+}
