@@ -301,6 +301,20 @@ pub const FUSED_ATTENTION: Optimization = Optimization {
     },
 };
 
+/// Convolutions of 3 × 3 with fewer multiplications; for models that have such.
+pub const WINOGRAD: Optimization = Optimization {
+    name: "winograd",
+    about: "3 x 3 convolutions at stride 1 by tiles that multiply 2.25 or 4 times less, and round otherwise; else directly",
+    rule: |_, model| {
+        ours_on_the_cpu(model).unwrap_or_else(|| match model.spec.dtype {
+            DType::F32 => Verdict::on(
+                "each shape is timed once, directly and by tiles of 2 x 2 and 4 x 4, and takes what is quickest",
+            ),
+            dtype => Verdict::impossible(format!("the weights are {}; tiles are made of f32", dtype.as_str())),
+        })
+    },
+};
+
 /// Products of bf16 with bf16.
 pub const BF16_PRODUCTS: Optimization = Optimization {
     name: "bf16-products",
