@@ -268,6 +268,7 @@ unsafe fn convolve<S: Simd, const T: usize>(task: &Task<'_>) {
 
 /// Bᵀ d B of one tile, `apart` from place to place.
 #[inline(always)]
+#[expect(clippy::needless_range_loop, reason = "lines become columns")]
 unsafe fn transform_inputs<S: Simd, const T: usize>(
     task: &Task<'_>,
     tile: usize,
@@ -317,6 +318,7 @@ unsafe fn transform_inputs<S: Simd, const T: usize>(
 
 /// Aᵀ M A of one tile, whose places are `apart`, into (T - 2)² rows of a panel's columns.
 #[inline(always)]
+#[expect(clippy::needless_range_loop, reason = "lines become columns")]
 unsafe fn transform_sums<S: Simd, const T: usize>(sums: *const f32, apart: usize, pixels: *mut f32) {
     // SAFETY: the caller's.
     unsafe {
