@@ -50,6 +50,7 @@ use roofbench_core::optimize::{Model, Optimization, Plan};
 pub use roofbench_core::session::{
     Arguments, Call, Engine, ModelSpec, Observer, Phase, Session, SessionError, Tensors, Unobserved,
 };
+use roofbench_core::task::{RawInputs, Task};
 pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, WeightsError};
 pub use roofbench_core::{hardware, optimize};
 pub use roofbench_nn::options;
@@ -172,6 +173,19 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
             reason: format!("is no text family here; supported: {}", FAMILIES.join(", ")),
         }),
     }
+}
+
+/// The kinds of raw inputs that `family` takes; none for a family that is not one of [`FAMILIES`].
+pub fn raw_inputs(family: &str) -> &'static [&'static str] {
+    if FAMILIES.contains(&family) { &["text"] } else { &[] }
+}
+
+/// What people use the checkpoint of `spec` for, with the texts that they gave: see [`tasks`].
+///
+/// # Errors
+/// Other inputs than texts, or no tokenizer.json beside `weights`.
+pub fn task(spec: &ModelSpec, weights: &Weights, raw: RawInputs) -> Result<Box<dyn Task>, SessionError> {
+    tasks::task(spec, weights, raw)
 }
 
 /// A decoder-only model behind the calls of its class.
