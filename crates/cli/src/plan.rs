@@ -357,10 +357,10 @@ fn local(arguments: &Arguments, path: &Path) -> anyhow::Result<Subject> {
 
 /// Real inputs, checked as far as they can be without a model.
 fn raw_inputs(arguments: &Arguments, subject: &Subject) -> anyhow::Result<Option<RawInputs>> {
-    let raw = RawInputs {
+    let mut raw = RawInputs {
         texts: arguments.text.clone(),
-        images: existing("--image", &arguments.image)?,
-        audio: existing("--audio", &arguments.audio)?,
+        images: arguments.image.clone(),
+        audio: arguments.audio.clone(),
         arguments: arguments.arg.iter().cloned().collect(),
         save: arguments.save.as_ref().map(std::path::absolute).transpose().context("--save")?,
     };
@@ -383,16 +383,13 @@ fn raw_inputs(arguments: &Arguments, subject: &Subject) -> anyhow::Result<Option
         "--text needs the checkpoint's tokenizer.json, which synthetic weights don't have; \
          name a checkpoint's folder with --weights PATH, or use --weights hub"
     );
+    for (flag, paths) in [("--image", &mut raw.images), ("--audio", &mut raw.audio)] {
+        for path in paths {
+            ensure!(path.exists(), "{flag} {}: there is no such file", path.display());
+            *path = std::path::absolute(&path).with_context(|| format!("{flag} {}", path.display()))?;
+        }
+    }
     Ok(Some(raw))
-}
-
-/// `paths` made absolute for the process that reads them.
-fn existing(flag: &str, paths: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
-    let absolute = |path: &PathBuf| {
-        ensure!(path.exists(), "{flag} {}: there is no such file", path.display());
-        std::path::absolute(path).with_context(|| format!("{flag} {}", path.display()))
-    };
-    paths.iter().map(absolute).collect()
 }
 
 /// The cells of a subject: its family's standard ones at the batches asked for, or one of real inputs.
