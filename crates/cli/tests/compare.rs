@@ -164,15 +164,15 @@ const TINY: &str = "run --weights model --cell forward/b1/s128 --threads 1 --qui
 #[test]
 fn repeated_runs_are_processes_of_a_cell() {
     let folder = with_model();
-    let run = format!("{TINY} --repeat 3 --slow-down 100");
+    let run = format!("{TINY} --repeat 3 --slow-down 90");
     roofbench(folder.path(), words(&format!("{TINY} --repeat 3 --output base.jsonl")))
         .expect(0, &["[3/3]", "3 records"]);
     roofbench(folder.path(), words(&format!("{run} --output new.jsonl"))).expect(0, &["3 records"]);
     let kept = records(&folder.path().join("new.jsonl"));
-    assert!(kept.iter().all(|record| record.settings.effective["slow-down"] == "100 %, planted"));
+    assert!(kept.iter().all(|record| record.settings.effective["slow-down"] == "90 %, planted"));
     let row = compare(folder.path(), "--json").json_lines().remove(0)["rows"][0].clone();
     assert_eq!((&row["base"]["processes"], &row["new"]["processes"]), (&json!(3), &json!(3)));
-    assert!(row["ratio"].as_f64().unwrap() > 1.0, "twice the work takes longer: {row}");
+    assert!(row["ratio"].as_f64().unwrap() > 1.0, "nearly twice the time: {row}");
 }
 
 #[test]

@@ -393,11 +393,17 @@ pub fn compare(base: &[Record], new: &[Record], rules: Rules) -> Comparison {
         let before = old.processes();
         let mut set_apart = |reason: String| apart.push(Apart { cell: cell.clone(), reason, owed: !before.is_empty() });
         let Some(place) = new.iter().position(|group| group.identity == old.identity) else {
-            let unmet = |group: &&Group<'_>| base.iter().all(|old| old.identity != group.identity);
-            let alike = new.iter().filter(|group| group.identity["cell"] == old.identity["cell"]).filter(unmet);
-            let nearest = alike.map(|group| old.differences(group)).min_by_key(Vec::len);
-            set_apart(match nearest {
-                Some(differences) => format!("measured otherwise: {}", differences.join("; ")),
+            // the one that was measured in its stead, if the base lacks that
+            let alike = new.iter().enumerate().filter(|(_, group)| {
+                group.identity["cell"] == old.identity["cell"]
+                    && base.iter().all(|other| other.identity != group.identity)
+            });
+            let nearest = alike.map(|(place, group)| (place, old.differences(group)));
+            set_apart(match nearest.min_by_key(|(_, differences)| differences.len()) {
+                Some((place, differences)) => {
+                    met[place] = true;
+                    format!("measured otherwise: {}", differences.join("; "))
+                }
                 None => "not in the new records".to_owned(),
             });
             continue;
@@ -415,9 +421,7 @@ pub fn compare(base: &[Record], new: &[Record], rules: Rules) -> Comparison {
         }
     }
     for (group, _) in new.iter().zip(met).filter(|(_, met)| !met) {
-        let told = base.iter().any(|old| old.identity["cell"] == group.identity["cell"]);
-        let reason = if told { "not in the base with these settings" } else { "not in the base" };
-        apart.push(Apart { cell: title(group, &new), reason: reason.to_owned(), owed: false });
+        apart.push(Apart { cell: title(group, &new), reason: "not in the base".to_owned(), owed: false });
     }
     Comparison::of(cells, apart, rules)
 }
