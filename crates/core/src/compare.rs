@@ -149,7 +149,7 @@ fn spread(processes: &[Process], between: f64, freedom: f64, assumed: f64) -> Re
     if freedom >= LEAST_FREEDOM {
         return Ok((between.max(stats::mean(&own)).sqrt().max(LEAST_ERROR), Some(freedom)));
     }
-    if own.is_empty() {
+    if own.len() < processes.len() {
         let least = stats::INTERVAL_MIN_SAMPLES;
         return Err(format!("its samples are too few: a process needs {least}, or a side needs several processes"));
     }
@@ -356,6 +356,16 @@ impl Group<'_> {
         }
     }
 
+    /// How many of its processes failed, and how the last one did.
+    fn failures(&self) -> Option<String> {
+        let errors = self.records.iter().filter_map(|record| match &record.outcome {
+            Outcome::Failed { error } => Some(error),
+            _ => None,
+        });
+        let last = errors.clone().next_back()?;
+        Some(format!("{} of {} processes, the last with: {last}", errors.count(), self.records.len()))
+    }
+
     /// The settings that differ: `threads 2 and 4`.
     fn differences(&self, other: &Group<'_>) -> Vec<String> {
         let names = self.identity.keys().chain(other.identity.keys().filter(|name| !self.identity.contains_key(*name)));
@@ -391,7 +401,8 @@ pub fn compare(base: &[Record], new: &[Record], rules: Rules) -> Comparison {
     for old in &base {
         let cell = title(old, &base);
         let before = old.processes();
-        let mut set_apart = |reason: String| apart.push(Apart { cell: cell.clone(), reason, owed: !before.is_empty() });
+        let owed = !before.is_empty();
+        let mut set_apart = |reason: String| apart.push(Apart { cell: cell.clone(), reason, owed });
         let Some(place) = new.iter().position(|group| group.identity == old.identity) else {
             // the one that was measured in its stead, if the base lacks that
             let alike = new.iter().enumerate().filter(|(_, group)| {
@@ -415,7 +426,14 @@ pub fn compare(base: &[Record], new: &[Record], rules: Rules) -> Comparison {
             (true, false) => set_apart(format!("the base {}", old.why_not())),
             (false, true) => set_apart(format!("the new one {}", new[place].why_not())),
             (false, false) => match Estimate::of_sides(&before, &after, &rules) {
-                Ok(estimate) => cells.push((cell, Side::of(&before), Side::of(&after), estimate)),
+                Ok(estimate) => {
+                    for (side, group) in [("base", old), ("new side", &new[place])] {
+                        let failed = group.failures().map(|failures| format!("of the {side}, {failures}"));
+                        let failed = failed.map(|reason| Apart { cell: cell.clone(), reason, owed: false });
+                        apart.extend(failed);
+                    }
+                    cells.push((cell, Side::of(&before), Side::of(&after), estimate));
+                }
                 Err(reason) => set_apart(reason),
             },
         }
@@ -606,6 +624,12 @@ mod tests {
             let reason = reason(change);
             assert!(reason.contains(expected), "{reason} lacks {expected}");
         }
+        // a process that failed among others is told
+        let mut new = runs(&[1_000_000; 4]);
+        new[1].outcome = Outcome::Failed { error: "no memory".into() };
+        let comparison = compare(&base, &new, Rules::default());
+        assert_eq!((comparison.rows[0].new.processes, comparison.conclusion()), (3, Conclusion::Passed));
+        assert_eq!(comparison.apart[0].reason, "of the new side, 1 of 4 processes, the last with: no memory");
         // sampling is no such difference, and a new cell owes nothing
         let mut new = runs(&[1_000_000; 4]);
         new.iter_mut().for_each(|r| drop(r.settings.requested.insert("max-time".into(), "5".into())));
