@@ -205,3 +205,49 @@ fn another_program_that_fails_leaves_it_undecided() {
     let line = format!("{TINY} --against /bin/false");
     roofbench(folder.path(), words(&line)).expect(2, &["the other build", "UNDECIDED: 1 of the base not compared"]);
 }
+
+/// A checkout of its own, with a stand-in for cargo that "builds" the program under test.
+#[cfg(unix)]
+#[test]
+fn a_commit_is_checked_out_and_built_once() {
+    use std::os::unix::fs::PermissionsExt;
+    use std::process::Command;
+
+    let folder = with_model();
+    let path = |name: &str| folder.path().join(name);
+    let git = |arguments: &str| {
+        let output = Command::new("git").current_dir(folder.path()).args(words(arguments)).output().unwrap();
+        assert!(output.status.success(), "git {arguments}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    fs::create_dir_all(path("crates/cli")).unwrap();
+    fs::write(path("crates/cli/Cargo.toml"), "").unwrap();
+    git("init --quiet --initial-branch main");
+    git("add crates");
+    git("-c user.name=tester -c user.email=tester@example.org commit --quiet --message first");
+    let commit = git("rev-parse HEAD");
+    let script = "#!/bin/sh\nset -e\necho \"$@\" >> \"$LOG\"\ntest -f crates/cli/Cargo.toml\nmkdir -p \"$CARGO_TARGET_DIR/release\"\n\
+                  printf '#!/bin/sh\\nexec \"%s\" \"$@\"\\n' \"$PROGRAM\" > \"$CARGO_TARGET_DIR/release/roofbench\"\n\
+                  chmod +x \"$CARGO_TARGET_DIR/release/roofbench\"\n";
+    fs::write(path("cargo"), script).unwrap();
+    fs::set_permissions(path("cargo"), fs::Permissions::from_mode(0o755)).unwrap();
+    let against = |what: &str| {
+        let mut command = support::program(folder.path());
+        command.args(words(TINY)).args(["--repeat", "2", "--against", what, "--json"]);
+        command.env("CARGO", path("cargo")).env("CARGO_TARGET_DIR", path("target")).env("LOG", path("log"));
+        support::Ran::from(command.env("PROGRAM", env!("CARGO_BIN_EXE_roofbench")).output().unwrap())
+    };
+    for _ in 0..2 {
+        let comparison = against("main").json_lines().remove(0);
+        assert_eq!(comparison["rows"][0]["base"]["processes"], 2, "{comparison}");
+    }
+    let log = fs::read_to_string(path("log")).unwrap();
+    assert!(log.lines().count() == 1 && log.contains("build --release --locked"), "{log}");
+    assert!(path("target/against").join(commit.trim()).join("roofbench").is_file());
+    assert_eq!(git("worktree list").lines().count(), 1, "what was checked out is gone");
+    against("no-such-branch").expect(64, &["--against no-such-branch", "neither a file nor a commit"]);
+    fs::write(path("cargo"), "#!/bin/sh\nexit 1\n").unwrap();
+    git("-c user.name=tester -c user.email=tester@example.org commit --quiet --allow-empty --message second");
+    against("main").expect(64, &["it does not build"]);
+    assert_eq!(git("worktree list").lines().count(), 1);
+}
