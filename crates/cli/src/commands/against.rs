@@ -22,7 +22,7 @@ use crate::{models, plan, ui};
 
 /// Rounds of a pair and nanoseconds of a burst; those of a first look.
 const STANDARD: (usize, u64) = (8, 300_000_000);
-const QUICK: (usize, u64) = (6, 50_000_000);
+const QUICK: (usize, u64) = (6, 15_000_000);
 
 /// Pairs of processes, unless `--repeat` says otherwise.
 const PAIRS: u32 = 5;
