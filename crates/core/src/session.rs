@@ -110,6 +110,16 @@ pub enum Engine {
     CandleTransformers,
 }
 
+impl Engine {
+    /// As flags and records write it: `roofbench`, `candle-transformers`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Roofbench => "roofbench",
+            Self::CandleTransformers => "candle-transformers",
+        }
+    }
+}
+
 /// What to build a session from.
 #[derive(Debug, Clone)]
 pub struct ModelSpec {
@@ -130,6 +140,19 @@ pub struct ModelSpec {
 }
 
 impl ModelSpec {
+    /// A model of `config` in f32 on the CPU, run by our own engine, without other configs beside it.
+    pub fn new(family: &str, class: &str, config: Value) -> Self {
+        Self {
+            family: family.to_owned(),
+            class: class.to_owned(),
+            config,
+            extra_configs: BTreeMap::new(),
+            dtype: DType::F32,
+            device: Device::Cpu,
+            engine: Engine::Roofbench,
+        }
+    }
+
     /// Reads `config.json` into the family's own type; the error names the field at fault by its path.
     ///
     /// # Errors
