@@ -48,7 +48,7 @@ const EDGES: [(&str, &[&str]); 10] = [
 ];
 
 /// Libraries that belong to some crates alone, so that the others build without them.
-const HOMES: [(&str, &[&str]); 12] = [
+const HOMES: [(&str, &[&str]); 14] = [
     ("nvml-wrapper", &["roofbench-core"]),
     ("sysinfo", &["roofbench-core"]),
     ("hf-hub", &["roofbench-core"]),
@@ -56,6 +56,8 @@ const HOMES: [(&str, &[&str]); 12] = [
     ("tokenizers", &["roofbench-text", "roofbench-speech"]),
     ("image", &["roofbench-vision"]),
     ("symphonia", &["roofbench-speech"]),
+    ("hound", &["roofbench-speech"]),
+    ("prost", &["roofbench-speech"]),
     ("realfft", &["roofbench-speech"]),
     ("rubato", &["roofbench-speech"]),
     ("plotters", &["roofbench-report"]),

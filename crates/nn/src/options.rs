@@ -36,6 +36,10 @@ pub struct Options {
     pub fused_attention: bool,
     /// A last layer of which only the first rows are used, such as a class token's, computes no others.
     pub class_token_only: bool,
+    /// Convolutions over a long signal run tile by tile, whose values stay in a cache between them.
+    pub tiled_features: bool,
+    /// Files are decoded on a thread of their own, ahead of the model.
+    pub overlapped_decoding: bool,
 }
 
 impl Default for Options {
@@ -46,13 +50,15 @@ impl Default for Options {
             bf16_products: None,
             fused_attention: true,
             class_token_only: true,
+            tiled_features: true,
+            overlapped_decoding: true,
         }
     }
 }
 
 impl Options {
     /// Makes the choice `name` (`packed-weights`, `weights-q8`, `weights-q4`, `bf16-products`, `fused-attention`,
-    /// `class-token-only`); a name that is none of these changes nothing.
+    /// `class-token-only`, `tiled-features`, `overlapped-decoding`); a name that is none of these changes nothing.
     pub fn switch(&mut self, name: &str, on: bool) {
         let precision = |precision| if on { precision } else { Precision::Native };
         match name {
@@ -62,6 +68,8 @@ impl Options {
             "bf16-products" => self.bf16_products = Some(on),
             "fused-attention" => self.fused_attention = on,
             "class-token-only" => self.class_token_only = on,
+            "tiled-features" => self.tiled_features = on,
+            "overlapped-decoding" => self.overlapped_decoding = on,
             _ => {}
         }
     }
