@@ -146,10 +146,10 @@ fn a_text_is_spoken_to_a_file_that_plays() {
     // 3 tokens and a ratio of 6: 9 steps of 2 spectra, 12 samples of each
     let seconds = 216.0 / 16_000.0;
     assert!((record.subject.cell.amount.unwrap() - seconds).abs() < 1e-9, "{:?}", record.subject.cell.amount);
+    run(&folder, &[&text[..], &["--text", "again"]].concat()).expect(1, &["--text", "one text at a time"]);
 
     model(&folder.path().join("model"), "encodec/mono-causal", json!({"sampling_rate": 24000}));
     run(&folder, &["--audio", "out.wav"]).expect(0, &["kbit/s", "0.01"]);
-    run(&folder, &[&text[..4], &["--text", "again"]].concat()).expect(2, &["--text"]);
 }
 
 #[test]
@@ -174,7 +174,7 @@ fn voices_are_compared_and_states_described() {
         (speech("samples/speech.flac"), wav(folder.path().join("tone.wav"), 16_000, &tone(16_000, 1)));
     let ran = run(&folder, &["--audio", &sample, "--audio", &other, "--audio", &sample]);
     let ran = ran.expect(0, &["cosine similarity"]);
-    assert!(ran.out.lines().any(|line| line.contains(" 1 ") && line.matches("1.0000").count() == 2), "{}", ran.out);
+    assert!(ran.out.lines().any(|line| line.contains(" 1 ") && line.matches("1.0000").count() >= 2), "{}", ran.out);
     run(&folder, &["--audio", &sample, "--arg", "chunk=1"]).expect(1, &["chunk", "hears a sound as a whole"]);
     // two hours, of which no more than a minute is read
     let hours = wav(folder.path().join("hours.wav"), 100, &tone(100, 7200));
