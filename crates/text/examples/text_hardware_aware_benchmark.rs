@@ -15,13 +15,12 @@ use std::time::Instant;
 
 use roofbench_core::hardware::{self, Machine, peaks};
 use roofbench_core::roofline::Ceiling;
-use roofbench_text::candle_core::{DType, Device, Tensor};
+use roofbench_text::candle_core::Tensor;
 use roofbench_text::optimize::{Model, Plan};
 use roofbench_text::options::{self, Options};
 use roofbench_text::serde_json::json;
 use roofbench_text::{
-    Call, Engine, HubOptions, ModelSpec, Observer, Phase, Session, Source, Weights, aliases,
-    apply_hardware_optimizations, load,
+    Call, HubOptions, ModelSpec, Observer, Phase, Session, Source, Weights, aliases, apply_hardware_optimizations, load,
 };
 
 const PROMPT: usize = 128;
@@ -34,15 +33,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     let threads = machine.cpu.usable_threads;
     println!("{}, {threads} threads", machine.cpu.model);
 
-    let spec = ModelSpec {
-        family: "gpt2".into(),
-        class: "GPT2LMHeadModel".into(),
-        config: json!({"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}),
-        extra_configs: Default::default(),
-        dtype: DType::F32,
-        device: Device::Cpu,
-        engine: Engine::Roofbench,
-    };
+    let spec = ModelSpec::new(
+        "gpt2",
+        "GPT2LMHeadModel",
+        json!({"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50257}),
+    );
     let model = Model { spec: &spec, weight_bytes: Some(498_000_000), threads, generates: true };
     let plan = apply_hardware_optimizations(&machine, &model);
     for decision in &plan.decisions {
