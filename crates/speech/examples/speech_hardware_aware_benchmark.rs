@@ -18,13 +18,12 @@ use std::time::Instant;
 use roofbench_core::hardware::{self, Machine, peaks};
 use roofbench_core::roofline::Ceiling;
 use roofbench_speech::audio::Sound;
-use roofbench_speech::candle_core::{DType, Device};
 use roofbench_speech::optimize::{Model, Plan};
 use roofbench_speech::options::{self, Options};
 use roofbench_speech::preprocess::{self, Padding, WaveformProcessor};
 use roofbench_speech::serde_json::json;
 use roofbench_speech::{
-    Call, Engine, HubOptions, ModelSpec, Source, Unobserved, Weights, aliases, apply_hardware_optimizations, load,
+    Call, HubOptions, ModelSpec, Source, Unobserved, Weights, aliases, apply_hardware_optimizations, load,
 };
 
 const RUNS: usize = 5;
@@ -46,15 +45,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let inputs = processor.prepare(vec![sound.mono()], &options)?;
     println!("{seconds:.2} s of sound, read and prepared in {:.1} ms", began.elapsed().as_secs_f64() * 1e3);
 
-    let spec = ModelSpec {
-        family: "wav2vec2".into(),
-        class: "Wav2Vec2ForCTC".into(),
-        config: json!({}), // the base model's sizes are the defaults
-        extra_configs: Default::default(),
-        dtype: DType::F32,
-        device: Device::Cpu,
-        engine: Engine::Roofbench,
-    };
+    let spec = ModelSpec::new("wav2vec2", "Wav2Vec2ForCTC", json!({})); // the base model's sizes are the defaults
     let model = Model { spec: &spec, weight_bytes: Some(378_000_000), threads, generates: false };
     let plan = apply_hardware_optimizations(&machine, &model);
     for decision in &plan.decisions {
