@@ -7,6 +7,7 @@ use roofbench_core::session::{Session, SessionError, Unobserved};
 use roofbench_core::stats::Summary;
 use roofbench_core::task::Answer;
 
+use super::words::Segment;
 use super::{Answers, Features, Listen, QUALITY, Quality, best, characters, decoded, numbered, output, text, texts};
 use crate::audio::{Sound, WavWriter};
 
@@ -111,7 +112,7 @@ impl Listen {
                     pace
                 }
                 Answers::Words(words) => {
-                    let (mut segments, mut language) = (Vec::new(), None);
+                    let (mut segments, mut language): (Vec<Segment>, Option<String>) = (Vec::new(), None);
                     let pace = self.walk(path, |window| {
                         let (seconds, samples) = (window.sound.seconds(), window.sound.len());
                         let mut call = self.call_of(&[window.sound])?;
