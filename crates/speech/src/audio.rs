@@ -377,7 +377,9 @@ fn recognise(file: File, hint: &Hint) -> Result<Recognised, Error> {
     let probe = symphonia::default::get_probe();
     let format = probe.probe(hint, stream, FormatOptions::default(), MetadataOptions::default())?;
     let track = format.default_track(TrackType::Audio).ok_or(Error::Unsupported("no audio track"))?;
-    let (id, promised) = (track.id, track.num_frames);
+    // of other formats the number is an estimate, or their readers say themselves that the file is cut off
+    let promised = track.num_frames.filter(|_| format.format_info().short_name == "flac");
+    let id = track.id;
     let parameters = track.codec_params.as_ref().and_then(|parameters| parameters.audio());
     let parameters = parameters.ok_or(Error::Unsupported("an unknown codec"))?;
     let decoder = symphonia::default::get_codecs().make_audio_decoder(parameters, &AudioDecoderOptions::default())?;
