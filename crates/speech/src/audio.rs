@@ -276,14 +276,8 @@ pub struct Reader {
     /// Channels and rate of the first packet.
     layout: Option<(usize, u32)>,
     interleaved: Vec<f32>,
-    /// Samples of each channel that the file says it has, and those that came.
-    promised: Option<u64>,
-    given: u64,
     ended: bool,
 }
-
-/// Seconds that a file may end before it says: encoders count silence around the sound or do not.
-const EARLY: f64 = 0.2;
 
 impl Reader {
     /// Opens `path` and recognises what it is by its content.
@@ -296,10 +290,9 @@ impl Reader {
         if let Some(extension) = path.extension().and_then(|extension| extension.to_str()) {
             hint.with_extension(extension);
         }
-        let Recognised { format, decoder, track, promised } =
-            recognise(file, &hint).map_err(|error| explained(path, error))?;
-        let (path, interleaved) = (path.to_owned(), Vec::new());
-        Ok(Self { path, format, decoder, track, layout: None, interleaved, promised, given: 0, ended: false })
+        let (format, decoder, track) = recognise(file, &hint).map_err(|error| explained(path, error))?;
+        let path = path.to_owned();
+        Ok(Self { path, format, decoder, track, layout: None, interleaved: Vec::new(), ended: false })
     }
 
     fn packet(&mut self) -> Result<Option<Sound>, Error> {
@@ -322,17 +315,10 @@ impl Reader {
             if self.interleaved.iter().any(|sample| !sample.is_finite()) {
                 return Err(Error::DecodeError("samples that are no finite numbers"));
             }
-            self.given += (self.interleaved.len() / count) as u64;
             let channel = |at: usize| self.interleaved.iter().skip(at).step_by(count).copied().collect();
             return Ok(Some(Sound { channels: (0..count).map(channel).collect(), rate }));
         }
-        let rate = self.layout.map_or(0, |(_, rate)| rate);
-        match self.promised {
-            Some(promised) if (self.given as f64) + EARLY * f64::from(rate) < promised as f64 => {
-                Err(Error::IoError(std::io::ErrorKind::UnexpectedEof.into()))
-            }
-            _ => Ok(None),
-        }
+        Ok(None)
     }
 }
 
@@ -364,26 +350,19 @@ fn explained(path: &Path, error: Error) -> SessionError {
     }
 }
 
-/// What a file is.
-struct Recognised {
-    format: Box<dyn FormatReader>,
-    decoder: Box<dyn AudioDecoder>,
-    track: u32,
-    promised: Option<u64>,
-}
+/// A file's format and decoder, and which of its tracks is heard.
+type Recognised = (Box<dyn FormatReader>, Box<dyn AudioDecoder>, u32);
 
 fn recognise(file: File, hint: &Hint) -> Result<Recognised, Error> {
     let stream = MediaSourceStream::new(Box::new(file), Default::default());
     let probe = symphonia::default::get_probe();
     let format = probe.probe(hint, stream, FormatOptions::default(), MetadataOptions::default())?;
     let track = format.default_track(TrackType::Audio).ok_or(Error::Unsupported("no audio track"))?;
-    // of other formats the number is an estimate, or their readers say themselves that the file is cut off
-    let promised = track.num_frames.filter(|_| format.format_info().short_name == "flac");
     let id = track.id;
     let parameters = track.codec_params.as_ref().and_then(|parameters| parameters.audio());
     let parameters = parameters.ok_or(Error::Unsupported("an unknown codec"))?;
     let decoder = symphonia::default::get_codecs().make_audio_decoder(parameters, &AudioDecoderOptions::default())?;
-    Ok(Recognised { format, decoder, track: id, promised })
+    Ok((format, decoder, id))
 }
 
 /// Samples of each channel.
