@@ -481,7 +481,7 @@ fn widest(machine: &Machine) -> &'static str {
     }
 }
 
-/// `1.5 GB`.
+/// A number of bytes as people read it: `1.5 GB`.
 pub fn bytes(n: f64) -> String {
     let units = [(1e9, "GB"), (1e6, "MB"), (1e3, "kB")];
     let (size, unit) = units.into_iter().find(|(size, _)| n >= *size).unwrap_or((1.0, "B"));
