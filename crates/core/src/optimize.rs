@@ -434,7 +434,7 @@ pub const COMMON: &[&Optimization] =
     &[&PACKED_WEIGHTS, &FUSED_ATTENTION, &BF16_PRODUCTS, &WEIGHTS_Q8, &WEIGHTS_Q4, &DECODE_THREADS, &PINNED_THREADS];
 
 /// Why nothing of ours is to be chosen, unless our kernels run.
-fn ours_on_the_cpu(model: &Model) -> Option<Verdict> {
+pub fn ours_on_the_cpu(model: &Model) -> Option<Verdict> {
     match (model.spec.engine, model.spec.device.is_cpu()) {
         (Engine::CandleTransformers, _) => Some(Verdict::impossible("the stock model is run as it is")),
         (_, false) => Some(Verdict::impossible("our kernels run on the CPU; on other devices candle's do")),
@@ -478,8 +478,8 @@ fn smaller_weights(
     }
 }
 
-/// Bytes of the outermost cache, all instances together.
-fn last_level_cache(machine: &Machine) -> u64 {
+/// Bytes of the outermost cache, all instances together; 0 where no cache is known.
+pub fn last_level_cache(machine: &Machine) -> u64 {
     let last = machine.cpu.caches.iter().max_by_key(|cache| cache.level);
     last.map_or(0, |cache| cache.bytes * u64::from(cache.instances))
 }
@@ -495,8 +495,8 @@ fn widest(machine: &Machine) -> &'static str {
     }
 }
 
-/// `1.5 GB`.
-fn bytes(n: f64) -> String {
+/// A number of bytes as people read it: `1.5 GB`.
+pub fn bytes(n: f64) -> String {
     let units = [(1e9, "GB"), (1e6, "MB"), (1e3, "kB")];
     let (size, unit) = units.into_iter().find(|(size, _)| n >= *size).unwrap_or((1.0, "B"));
     format!("{:.1} {unit}", n / size)
