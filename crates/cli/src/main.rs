@@ -5,6 +5,7 @@
 mod answers;
 mod arguments;
 mod commands;
+mod gpu;
 mod job;
 mod memory;
 mod models;
