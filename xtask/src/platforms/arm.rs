@@ -10,8 +10,15 @@ use super::{DEBIAN_RUSTC, built, expect, folder, packages, program, step, verify
 use crate::process;
 
 const TARGET: &str = "aarch64-unknown-linux-gnu";
-const PACKAGES: [&str; 5] =
-    ["rustc-web", "libstd-rust-web-dev:arm64", "gcc-aarch64-linux-gnu", "libc6-dev-arm64-cross", "qemu-user"];
+/// `libc6:arm64` is what the programs run on: on the cross compiler's own (`qemu-aarch64 -L`) no thread starts.
+const PACKAGES: [&str; 6] = [
+    "rustc-web",
+    "libstd-rust-web-dev:arm64",
+    "libc6:arm64",
+    "gcc-aarch64-linux-gnu",
+    "libc6-dev-arm64-cross",
+    "qemu-user",
+];
 /// qemu's CPUs, and extensions that they have and lack: all paths of the kernels together, and each way to lack one.
 const CPUS: [(&str, &[&str], &[&str]); 3] = [
     ("max", &["neon", "dotprod", "bf16", "i8mm"], &[]),
@@ -62,7 +69,7 @@ pub(super) fn run(install: bool) -> anyhow::Result<String> {
 /// `program` on one of qemu's CPUs.
 fn emulated(cpu: &str, program: &Path) -> Command {
     let mut command = Command::new("qemu-aarch64");
-    command.args(["-cpu", cpu, "-L", "/usr/aarch64-linux-gnu"]).arg(program);
+    command.args(["-cpu", cpu]).arg(program);
     command
 }
 
@@ -70,7 +77,7 @@ fn emulated(cpu: &str, program: &Path) -> Command {
 fn measured(roofbench: &Path, folder: &Path, install: bool) -> anyhow::Result<String> {
     let started = |program: &Path| {
         let mut command = Command::new(program);
-        command.env("QEMU_CPU", "max").env("QEMU_LD_PREFIX", "/usr/aarch64-linux-gnu");
+        command.env("QEMU_CPU", "max");
         command
     };
     let starts = || started(roofbench).arg("--version").output().is_ok_and(|output| output.status.success());
