@@ -386,6 +386,14 @@ mod tests {
     }
 
     #[test]
+    fn an_emulated_cpu_has_no_ceilings() {
+        let mut machine = machine();
+        machine.cpu.emulator = Some("user-mode emulation of aarch64 on an x86 host".into());
+        let error = load_or_measure(None, true, &machine).expect_err("not measured");
+        assert!(error.to_string().contains("on an x86 host"), "{error}");
+    }
+
+    #[test]
     fn the_array_passes_the_caches_within_memory() {
         let mut machine = machine();
         let gib = 1 << 30;
