@@ -2,7 +2,6 @@
 //!
 //! This crate deliberately does not know how a model works: it plans, starts, shows and keeps.
 
-mod answers;
 mod arguments;
 mod commands;
 mod gpu;

@@ -5,6 +5,7 @@ use std::io::{IsTerminal, Write};
 use indicatif::{ProgressBar, ProgressStyle};
 use roofbench_core::metrics;
 use roofbench_core::record::{Outcome, Record, StopRule};
+use roofbench_core::task::Answer;
 
 /// Writes `text` and a line end to standard output. A reader that went away (`| head`) is no error.
 ///
@@ -77,6 +78,20 @@ pub(crate) fn digits(x: f64) -> String {
         a if a >= 9.995 => format!("{x:.1}"),
         a if a >= 0.01 => format!("{x:.2}"),
         _ => format!("{x:.1e}"),
+    }
+}
+
+/// An answer as people read it.
+pub(crate) fn answer(answer: &Answer) -> String {
+    match answer {
+        Answer::Table { header, rows } => {
+            let mut table = roofbench_report::empty_table(&[]);
+            table.set_header(header);
+            table.add_rows(rows);
+            table.to_string()
+        }
+        Answer::Text(text) => text.clone(),
+        Answer::Saved(path) => format!("wrote {}", path.display()),
     }
 }
 

@@ -18,5 +18,6 @@ pub mod reference;
 pub mod roofline;
 pub mod session;
 pub mod stats;
+pub mod task;
 pub mod weights;
 pub mod workload;

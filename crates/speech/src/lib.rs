@@ -63,6 +63,7 @@ use roofbench_core::optimize::{Model, Optimization, Plan};
 pub use roofbench_core::session::{
     Arguments, Call, Engine, ModelSpec, Observer, Phase, Processor, Session, SessionError, Tensors, Unobserved,
 };
+use roofbench_core::task::{RawInputs, Task};
 pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, WeightsError};
 pub use roofbench_core::{hardware, optimize};
 pub use roofbench_nn::options;
@@ -161,6 +162,19 @@ pub fn processor(family: &str, configs: &BTreeMap<String, Value>) -> Result<Box<
         "speecht5" => Box::new(preprocess::SpeechT5Processor::from_config(config)?),
         _ => Box::new(preprocess::WaveformProcessor::from_config(config)?),
     })
+}
+
+/// The kinds of raw inputs that `family` takes; none for a family that is not one of [`FAMILIES`].
+pub fn raw_inputs(_family: &str) -> &'static [&'static str] {
+    &[]
+}
+
+/// What people use the checkpoint of `spec` for, with the raw inputs that they gave.
+///
+/// # Errors
+/// Inputs that the family has no use for, or files of the checkpoint that are missing or malformed.
+pub fn task(spec: &ModelSpec, _weights: &Weights, _raw: RawInputs) -> Result<Box<dyn Task>, SessionError> {
+    Err(unknown_family(&spec.family))
 }
 
 fn unknown_family(family: &str) -> SessionError {

@@ -1,8 +1,13 @@
-//! What people do with a text model's tensors: sentence embeddings and how alike they are, words for masks, generated
+//! What people do with a text model: sentence embeddings and how alike they are, words for masks, labels, generated
 //! texts.
 
-use candle_core::{D, DType, Tensor};
-use roofbench_core::session::{Call, Session, SessionError, Tensors, Unobserved};
+use candle_core::{D, DType, Device, Tensor};
+use roofbench_core::classify;
+use roofbench_core::generation;
+use roofbench_core::session::{Call, ModelSpec, Session, SessionError, Tensors, Unobserved};
+use roofbench_core::task::{self, Answer, RawInputs, Task};
+use roofbench_core::weights::Weights;
+use serde_json::Value;
 
 use crate::tokenize::Tokenizer;
 
@@ -130,6 +135,146 @@ pub fn fill_mask(
 pub fn generated(tokenizer: &Tokenizer, sequences: &Tensor, start: usize) -> Result<Vec<String>, SessionError> {
     let rows = sequences.to_dtype(DType::I64)?.to_vec2::<i64>()?;
     rows.iter().map(|row| tokenizer.decode(row.get(start..).unwrap_or_default())).collect()
+}
+
+/// The tokenizer of a checkpoint.
+///
+/// # Errors
+/// The weights have no `tokenizer.json` beside them, or it can't be read.
+pub fn tokenizer(weights: &Weights) -> Result<Tokenizer, SessionError> {
+    let path = weights.file("tokenizer.json").ok_or_else(|| {
+        let source = weights.describe().source;
+        SessionError::input(
+            "--text",
+            format!("{source} has no tokenizer.json, which turns text into tokens; put it beside the weights"),
+        )
+    })?;
+    Tokenizer::from_file(path)
+}
+
+/// Tokens generated for a text when `max_new_tokens` is not given.
+const NEW_TOKENS: u64 = 32;
+
+/// A text model's task: what its class gives decides the answer.
+struct TextTask {
+    raw: RawInputs,
+    tokenizer: Tokenizer,
+    device: Device,
+    config: Value,
+    generates: bool,
+    /// What a reader should know of the answer.
+    note: Option<String>,
+    has_segments: bool,
+}
+
+/// The task of `spec` for texts: similarities of sentences (a base class), words for masks (a masked language model),
+/// labels (a classifier), or what follows (a class that generates).
+///
+/// # Errors
+/// Other inputs than texts, or no tokenizer beside `weights`.
+pub fn task(spec: &ModelSpec, weights: &Weights, raw: RawInputs) -> Result<Box<dyn Task>, SessionError> {
+    let mut raw = raw;
+    raw.expect(&spec.family, &["text"])?;
+    let tokenizer = tokenizer(weights)?;
+    let generates =
+        ["ForCausalLM", "LMHeadModel", "ForConditionalGeneration"].iter().any(|end| spec.class.ends_with(end));
+    let mut note = None;
+    if generates {
+        raw.arguments.entry("max_new_tokens").or_insert(NEW_TOKENS.into());
+        note = generation::without_beams(spec, &mut raw.arguments);
+    }
+    Ok(Box::new(TextTask {
+        note,
+        raw,
+        tokenizer,
+        device: spec.device.clone(),
+        config: spec.config.clone(),
+        generates,
+        // decoders and encoder-decoders have no segments
+        has_segments: spec.family == "bert",
+    }))
+}
+
+impl Task for TextTask {
+    fn preparation(&self) -> &'static str {
+        "tokenization"
+    }
+
+    fn call(&self) -> Result<Call, SessionError> {
+        let mut inputs = self.tokenizer.encode(&self.raw.texts, &self.device)?;
+        if !self.has_segments {
+            inputs.remove("token_type_ids");
+        }
+        let method = if self.generates { "generate" } else { "forward" };
+        Ok(Call { method: method.to_owned(), inputs, arguments: self.raw.arguments.clone() })
+    }
+
+    fn amount(&self, call: &Call, outputs: &Tensors) -> Result<Option<f64>, SessionError> {
+        let (Some(ids), Some(sequences)) = (call.inputs.get("input_ids"), outputs.get("sequences")) else {
+            return Ok(None);
+        };
+        let (batch, length) = sequences.dims2()?;
+        Ok(Some((batch * (length - self.prompt_length(ids)?)) as f64))
+    }
+
+    fn answer(&self, call: &Call, outputs: &Tensors, _: &mut dyn Session) -> Result<Vec<Answer>, SessionError> {
+        /// Labels or words shown for each text or mask.
+        const TOP: usize = 5;
+        let names: Vec<String> = self.raw.texts.iter().map(|text| task::shortened(text)).collect();
+        let Some(ids) = call.inputs.get("input_ids") else { return Ok(Vec::new()) };
+        if let Some(sequences) = outputs.get("sequences") {
+            let texts = generated(&self.tokenizer, sequences, self.prompt_length(ids)?)?;
+            let rows = names.into_iter().zip(texts).map(|(name, text)| vec![name, text.trim().to_owned()]);
+            let table = Answer::table(&["input", "generated"], rows.collect());
+            return Ok([table].into_iter().chain(self.note.clone().map(Answer::Text)).collect());
+        }
+        let answer = match (outputs.get("logits"), outputs.get("last_hidden_state"), call.inputs.get("attention_mask"))
+        {
+            (Some(logits), ..) if logits.rank() == 2 => Some(classify::table(&names, logits, &self.config, TOP)?),
+            (Some(logits), ..) if logits.rank() == 3 => {
+                fillings_table(&names, &fill_mask(&self.tokenizer, ids, logits, TOP)?)
+            }
+            (_, Some(hidden), Some(mask)) if names.len() > 1 && hidden.rank() == 3 => {
+                let pooled = mean_pool(&hidden.to_dtype(DType::F32)?, mask)?;
+                Some(similarities_table(&names, &cosine_similarities(&pooled)?.to_vec2()?))
+            }
+            _ => None,
+        };
+        Ok(answer.into_iter().collect())
+    }
+}
+
+impl TextTask {
+    /// Tokens at the beginning of the sequences that were not generated: a decoder's prompt, or the start token.
+    fn prompt_length(&self, ids: &Tensor) -> Result<usize, SessionError> {
+        let is_decoder = self.config.get("is_encoder_decoder") != Some(&true.into());
+        Ok(if is_decoder { ids.dim(1)? } else { 1 })
+    }
+}
+
+/// Cosine similarities between all of `names`.
+fn similarities_table(names: &[String], similarities: &[Vec<f32>]) -> Answer {
+    let numbers: Vec<String> = (1..=names.len()).map(|n| n.to_string()).collect();
+    let header = ["".to_owned(), "cosine similarity".to_owned()].into_iter().chain(numbers.iter().cloned()).collect();
+    let rows = numbers.iter().zip(names).zip(similarities).map(|((number, name), row)| {
+        let cells = row.iter().map(|similarity| format!("{similarity:.4}"));
+        [number.clone(), name.clone()].into_iter().chain(cells).collect()
+    });
+    Answer::Table { header, rows: rows.collect() }
+}
+
+/// The likeliest words at each mask; nothing where no text has one.
+fn fillings_table(names: &[String], fillings: &[Vec<Vec<Filling>>]) -> Option<Answer> {
+    let mut rows = Vec::new();
+    for (name, masks) in names.iter().zip(fillings) {
+        let of_masks = masks.iter().enumerate().flat_map(|(mask, words)| {
+            let words = words.iter().map(|(word, probability)| vec![word.clone(), task::percent(*probability)]);
+            task::grouped(&(mask + 1).to_string(), words)
+        });
+        rows.extend(task::grouped(name, of_masks));
+    }
+    let any = !rows.is_empty();
+    any.then(|| Answer::table(&["input", "mask", "word", "probability"], rows))
 }
 
 #[cfg(test)]

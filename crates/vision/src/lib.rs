@@ -54,6 +54,7 @@ pub mod image_io;
 pub mod models;
 pub mod preprocess;
 pub mod resize;
+pub mod tasks;
 
 pub use candle_core;
 pub use image;
@@ -64,6 +65,7 @@ use roofbench_core::optimize::{Model, Optimization, Plan};
 pub use roofbench_core::session::{
     Arguments, Call, Engine, ModelSpec, Observer, Phase, Processor, Session, SessionError, Tensors, Unobserved,
 };
+use roofbench_core::task::{RawInputs, Task};
 pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, WeightsError};
 pub use roofbench_core::{hardware, optimize};
 pub use roofbench_nn::options;
@@ -160,6 +162,19 @@ pub fn processor(family: &str, configs: &BTreeMap<String, Value>) -> Result<Box<
         "sam" => Box::new(preprocess::sam::SamProcessor::from_config(config)?),
         _ => Box::new(preprocess::ImageProcessor::from_config(config, family)?),
     })
+}
+
+/// The kinds of raw inputs that `family` takes; none for a family that is not one of [`FAMILIES`].
+pub fn raw_inputs(family: &str) -> &'static [&'static str] {
+    if FAMILIES.contains(&family) { &["image"] } else { &[] }
+}
+
+/// What people use the checkpoint of `spec` for, with the pictures that they gave: see [`tasks`].
+///
+/// # Errors
+/// Other inputs than pictures, or what [`processor`] refuses.
+pub fn task(spec: &ModelSpec, _weights: &Weights, raw: RawInputs) -> Result<Box<dyn Task>, SessionError> {
+    tasks::task(spec, raw)
 }
 
 /// What says how pictures are prepared among the `*config.json` files of a repository: `preprocessor_config.json`, or else

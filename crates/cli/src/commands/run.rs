@@ -8,7 +8,7 @@ use anyhow::Context;
 use roofbench_core::meters::clock;
 use roofbench_core::optimize::Switch;
 use roofbench_core::record::{Outcome, Record, StopRule, Writer};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::ablate;
 use crate::arguments::{DTypeArg, DeviceArg, EXIT_FAILED, EXIT_INTERRUPTED, EngineArg, WeightsArg};
@@ -134,11 +134,20 @@ pub(crate) struct Arguments {
     pub(crate) timeout: Option<f64>,
 
     /// Text for the checkpoint's own tokenizer in place of drawn tokens; may be repeated, one batch
-    #[arg(long, value_name = "TEXT", help_heading = "Real inputs", conflicts_with_all = ["image", "batch", "cell"])]
+    #[arg(long, value_name = "TEXT", help_heading = "Real inputs", conflicts_with_all = ["batch", "cell"])]
     pub(crate) text: Vec<String>,
     /// Picture for the checkpoint's own preprocessing in place of drawn pixels; may be repeated, one batch
     #[arg(long, value_name = "FILE", help_heading = "Real inputs", conflicts_with_all = ["batch", "cell"])]
     pub(crate) image: Vec<PathBuf>,
+    /// Sound for the checkpoint's own feature extraction in place of drawn samples; may be repeated, one batch
+    #[arg(long, value_name = "FILE", help_heading = "Real inputs", conflicts_with_all = ["batch", "cell"])]
+    pub(crate) audio: Vec<PathBuf>,
+    /// Argument of the call by the library's name, the value as JSON or plain text: max_new_tokens=64, threshold=0.5
+    #[arg(long, value_name = "NAME=VALUE", value_parser = argument, help_heading = "Real inputs")]
+    pub(crate) arg: Vec<(String, Value)>,
+    /// Writes the answer as a picture or sound to this file: boxes and masks drawn, speech
+    #[arg(long, value_name = "FILE", help_heading = "Real inputs")]
+    pub(crate) save: Option<PathBuf>,
 
     /// Records are appended to this file [default: roofbench-results/<time>.jsonl]
     #[arg(short, long, value_name = "FILE", help_heading = "Output")]
@@ -156,6 +165,11 @@ fn seconds(text: &str) -> Result<f64, String> {
         Ok(seconds) if (0.0..=1e6).contains(&seconds) => Ok(seconds),
         _ => Err("expected seconds, from 0 to 1000000".to_owned()),
     }
+}
+
+fn argument(text: &str) -> Result<(String, Value), String> {
+    let (name, value) = text.split_once('=').ok_or("expected NAME=VALUE")?;
+    Ok((name.to_owned(), serde_json::from_str(value).unwrap_or_else(|_| value.into())))
 }
 
 fn percent(text: &str) -> Result<f64, String> {
