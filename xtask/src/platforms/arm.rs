@@ -96,7 +96,7 @@ fn measured(roofbench: &Path, folder: &Path, install: bool) -> anyhow::Result<St
     }
     let records = folder.join("run.jsonl");
     let mut run = started(roofbench);
-    run.args(["run", "vit", "--quick", "--cell", "b1$", "--threads", "1", "--max-time", "1", "--json", "--output"]);
+    run.args(["run", "resnet", "--quick", "--cell", "b1$", "--threads", "1", "--max-time", "1", "--json", "--output"]);
     let said = expect(run.arg(&records), 0, &["\"skipped\"", "no time is kept", "emulation of aarch64"])?;
     if said.contains("\"samples\"") {
         bail!("an emulated run keeps samples as if they were measured");

@@ -23,8 +23,13 @@ pub(crate) use gpu::why_not as nvml_why_not;
 pub fn probe() -> Machine {
     let root = root();
     let (gpus, gpu_note) = gpu::probe();
+    let mut cpu = cpu::probe(root);
+    if cpu.emulator.is_some() {
+        // what was found is the host's name
+        cpu.model = format!("{} emulated on {}", cpu.arch, cpu.model);
+    }
     Machine {
-        cpu: cpu::probe(root),
+        cpu,
         memory: memory::probe(root),
         gpus,
         gpu_note,
