@@ -326,7 +326,8 @@ pub const BF16_PRODUCTS: Optimization = Optimization {
         if model.spec.dtype != DType::BF16 {
             return Verdict::impossible(format!("the weights are {}, not bf16", model.spec.dtype.as_str()));
         }
-        if !machine.cpu.isa.iter().any(|isa| isa == "avx512bf16") {
+        // `bf16` is Arm's word
+        if !machine.cpu.isa.iter().any(|isa| isa == "avx512bf16" || isa == "bf16") {
             return Verdict::impossible("the CPU has no instructions for products of bf16 that the kernels use");
         }
         match ceilings(machine, model, "bf16") {
