@@ -6,6 +6,7 @@ pub mod catalog;
 pub mod classify;
 pub mod config;
 pub mod cost;
+pub mod embeddings;
 pub mod generation;
 pub mod hardware;
 pub mod harness;
