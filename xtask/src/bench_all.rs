@@ -170,7 +170,7 @@ fn families(arguments: &Arguments) -> anyhow::Result<Vec<&'static Family>> {
 }
 
 /// The families that `program` has models of.
-fn runnable(program: &Path) -> anyhow::Result<Vec<String>> {
+pub(crate) fn runnable(program: &Path) -> anyhow::Result<Vec<String>> {
     /// A line of `roofbench list --json`.
     #[derive(Deserialize)]
     struct Listed {

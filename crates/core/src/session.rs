@@ -130,6 +130,19 @@ pub struct ModelSpec {
 }
 
 impl ModelSpec {
+    /// A model of `config` in f32 on the CPU, run by our own engine, without other configs beside it.
+    pub fn new(family: &str, class: &str, config: Value) -> Self {
+        Self {
+            family: family.to_owned(),
+            class: class.to_owned(),
+            config,
+            extra_configs: BTreeMap::new(),
+            dtype: DType::F32,
+            device: Device::Cpu,
+            engine: Engine::Roofbench,
+        }
+    }
+
     /// Reads `config.json` into the family's own type; the error names the field at fault by its path.
     ///
     /// # Errors

@@ -4,23 +4,16 @@
 //! weights itself. It is complete alone: what a caller needs of roofbench's other crates is re-exported here.
 //!
 //! ```
-//! use roofbench_text::candle_core::{DType, Device, Tensor};
+//! use roofbench_text::candle_core::{Device, Tensor};
 //! use roofbench_text::serde_json::json;
-//! use roofbench_text::{Call, Engine, HubOptions, ModelSpec, Source, Unobserved, Weights, aliases, load};
+//! use roofbench_text::{Call, HubOptions, ModelSpec, Source, Unobserved, Weights, aliases, load};
 //!
 //! // config.json of a tiny BERT; a real one comes from `weights.config()`
-//! let spec = ModelSpec {
-//!     family: "bert".into(),
-//!     class: "BertForSequenceClassification".into(),
-//!     config: json!({
-//!         "vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
-//!         "intermediate_size": 16, "max_position_embeddings": 16, "type_vocab_size": 2, "num_labels": 3,
-//!     }),
-//!     extra_configs: Default::default(),
-//!     dtype: DType::F32,
-//!     device: Device::Cpu,
-//!     engine: Engine::Roofbench,
-//! };
+//! let config = json!({
+//!     "vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+//!     "intermediate_size": 16, "max_position_embeddings": 16, "type_vocab_size": 2, "num_labels": 3,
+//! });
+//! let spec = ModelSpec::new("bert", "BertForSequenceClassification", config);
 //! // `Source::Local` opens a checkpoint folder, `Source::Hub` a repository
 //! let source = Source::Synthetic { seed: 0 };
 //! let weights = Weights::open(&source, aliases(&spec), &spec.class, &HubOptions::default())?;
@@ -87,20 +80,11 @@ pub fn optimizations(family: &str) -> &'static [&'static Optimization] {
 /// What to do for `model` on `machine`, by the rules of [`optimizations`], each with its reason.
 ///
 /// ```
-/// use roofbench_text::candle_core::{DType, Device};
 /// use roofbench_text::optimize::Model;
 /// use roofbench_text::options::{self, Options};
-/// use roofbench_text::{Engine, ModelSpec, apply_hardware_optimizations, hardware};
+/// use roofbench_text::{ModelSpec, apply_hardware_optimizations, hardware};
 ///
-/// let spec = ModelSpec {
-///     family: "bert".into(),
-///     class: "BertModel".into(),
-///     config: Default::default(),
-///     extra_configs: Default::default(),
-///     dtype: DType::F32,
-///     device: Device::Cpu,
-///     engine: Engine::Roofbench,
-/// };
+/// let spec = ModelSpec::new("bert", "BertModel", Default::default());
 /// let model = Model { spec: &spec, weight_bytes: Some(438_000_000), threads: 1, generates: false };
 /// let plan = apply_hardware_optimizations(&hardware::probe(), &model);
 /// assert!(plan.is_on("packed-weights"));

@@ -5,6 +5,7 @@ use candle_core::{DType, Device, Tensor};
 use roofbench_core::classify;
 use roofbench_core::embeddings;
 pub use roofbench_core::embeddings::{cosine_similarities, normalize};
+use roofbench_core::generation;
 use roofbench_core::session::{Call, ModelSpec, Session, SessionError, Tensors, Unobserved};
 use roofbench_core::task::{self, Answer, RawInputs, Task};
 use roofbench_core::weights::Weights;
@@ -138,6 +139,8 @@ struct TextTask {
     device: Device,
     config: Value,
     generates: bool,
+    /// What a reader should know of the answer.
+    note: Option<String>,
     has_segments: bool,
 }
 
@@ -147,11 +150,18 @@ struct TextTask {
 /// # Errors
 /// Other inputs than texts, or no tokenizer beside `weights`.
 pub fn task(spec: &ModelSpec, weights: &Weights, raw: RawInputs) -> Result<Box<dyn Task>, SessionError> {
+    let mut raw = raw;
     raw.expect(&spec.family, &["text"])?;
     let tokenizer = tokenizer(weights)?;
     let generates =
         ["ForCausalLM", "LMHeadModel", "ForConditionalGeneration"].iter().any(|end| spec.class.ends_with(end));
+    let mut note = None;
+    if generates {
+        raw.arguments.entry("max_new_tokens").or_insert(NEW_TOKENS.into());
+        note = generation::without_beams(spec, &mut raw.arguments);
+    }
     Ok(Box::new(TextTask {
+        note,
         raw,
         tokenizer,
         device: spec.device.clone(),
@@ -172,12 +182,8 @@ impl Task for TextTask {
         if !self.has_segments {
             inputs.remove("token_type_ids");
         }
-        let mut arguments = self.raw.arguments.clone();
-        if self.generates {
-            arguments.entry("max_new_tokens").or_insert(NEW_TOKENS.into());
-        }
         let method = if self.generates { "generate" } else { "forward" };
-        Ok(Call { method: method.to_owned(), inputs, arguments })
+        Ok(Call { method: method.to_owned(), inputs, arguments: self.raw.arguments.clone() })
     }
 
     fn amount(&self, call: &Call, outputs: &Tensors) -> Result<Option<f64>, SessionError> {
@@ -196,7 +202,8 @@ impl Task for TextTask {
         if let Some(sequences) = outputs.get("sequences") {
             let texts = generated(&self.tokenizer, sequences, self.prompt_length(ids)?)?;
             let rows = names.into_iter().zip(texts).map(|(name, text)| vec![name, text.trim().to_owned()]);
-            return Ok(vec![Answer::table(&["input", "generated"], rows.collect())]);
+            let table = Answer::table(&["input", "generated"], rows.collect());
+            return Ok([table].into_iter().chain(self.note.clone().map(Answer::Text)).collect());
         }
         let answer = match (outputs.get("logits"), outputs.get("last_hidden_state"), call.inputs.get("attention_mask"))
         {

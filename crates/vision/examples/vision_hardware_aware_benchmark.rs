@@ -18,11 +18,10 @@ use roofbench_core::catalog;
 use roofbench_core::hardware::{self, Machine, peaks};
 use roofbench_core::roofline::Ceiling;
 use roofbench_core::workload;
-use roofbench_vision::candle_core::{DType, Device};
 use roofbench_vision::optimize::{Model, Plan};
 use roofbench_vision::options::{self, Options};
 use roofbench_vision::{
-    Call, Engine, HubOptions, ModelSpec, Session, Source, Unobserved, Weights, aliases, apply_hardware_optimizations,
+    Call, HubOptions, ModelSpec, Session, Source, Unobserved, Weights, aliases, apply_hardware_optimizations,
     load,
 };
 
@@ -40,15 +39,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("{}, {threads} threads", machine.cpu.model);
 
     let (_, checkpoint) = catalog::checkpoint(&family.default_checkpoint)?;
-    let spec = ModelSpec {
-        family: family.name.clone(),
-        class: family.class.clone(),
-        config: checkpoint.config.clone(),
-        extra_configs: Default::default(),
-        dtype: DType::F32,
-        device: Device::Cpu,
-        engine: Engine::Roofbench,
-    };
+    let spec = ModelSpec::new(&family.name, &family.class, checkpoint.config.clone());
     let model = Model { spec: &spec, weight_bytes: Some(4 * checkpoint.parameters), threads, generates: false };
     let plan = apply_hardware_optimizations(&machine, &model);
     for decision in &plan.decisions {

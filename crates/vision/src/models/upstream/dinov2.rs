@@ -168,15 +168,7 @@ mod tests {
         for (field, value) in changes.as_object().into_iter().flatten() {
             config[field] = value.clone();
         }
-        ModelSpec {
-            family: "dinov2".into(),
-            class: class.into(),
-            config,
-            extra_configs: Default::default(),
-            dtype: DType::F32,
-            device: Device::Cpu,
-            engine: Engine::CandleTransformers,
-        }
+        ModelSpec { engine: Engine::CandleTransformers, ..ModelSpec::new("dinov2", class, config) }
     }
 
     #[test]

@@ -190,15 +190,7 @@ mod tests {
         for (field, value) in decoder.as_object().into_iter().flatten() {
             config["mask_decoder_config"][field] = value.clone();
         }
-        ModelSpec {
-            family: "sam".into(),
-            class: "SamModel".into(),
-            config,
-            extra_configs: Default::default(),
-            dtype: DType::F32,
-            device: Device::Cpu,
-            engine: Engine::CandleTransformers,
-        }
+        ModelSpec { engine: Engine::CandleTransformers, ..ModelSpec::new("sam", "SamModel", config) }
     }
 
     #[test]
