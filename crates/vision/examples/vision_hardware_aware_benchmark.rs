@@ -21,8 +21,7 @@ use roofbench_core::workload;
 use roofbench_vision::optimize::{Model, Plan};
 use roofbench_vision::options::{self, Options};
 use roofbench_vision::{
-    Call, HubOptions, ModelSpec, Session, Source, Unobserved, Weights, aliases, apply_hardware_optimizations,
-    load,
+    Call, HubOptions, ModelSpec, Session, Source, Unobserved, Weights, aliases, apply_hardware_optimizations, load,
 };
 
 /// Calls of each model, after one that warms up.

@@ -286,7 +286,7 @@ impl VisionTask {
             let map = vector::<f32>(&found, "segmentation", item)?; // the segment of each pixel
             let (ids, scores) = (vector::<i64>(&found, "id", item)?, vector::<f32>(&found, "score", item)?);
             let labels = vector::<i64>(&found, "label_id", item)?;
-            let mut of_segments = Vec::new();
+            let mut of_segments: Vec<(i64, i64, f32, Area)> = Vec::new();
             for ((id, label_id), score) in ids.into_iter().zip(labels).zip(scores) {
                 // queries that were fused are one segment
                 if of_segments.iter().any(|(known, ..)| *known == id) {
