@@ -323,7 +323,6 @@ impl VisionTask {
         for (item, (name, picture)) in self.names().iter().zip(&mut pictures).enumerate() {
             let masks = output(&found, &format!("masks.{item}"))?; // (prompts, masks, height, width)
             let quality = quality.i(item)?.to_vec2::<f32>()?; // (prompts, masks)
-            let plain = picture.clone();
             let mut of_masks = Vec::new();
             for (prompt, quality) in quality.iter().enumerate() {
                 let colour = draw::colour(prompt);
@@ -331,7 +330,7 @@ impl VisionTask {
                 for (mask, iou) in quality.iter().enumerate() {
                     let inside = masks.i((prompt, mask))?.flatten_all()?.to_vec1::<u8>()?;
                     let is_inside = |pixel: usize| inside.get(pixel) == Some(&1);
-                    let area = Area::of(&plain, is_inside);
+                    let area = Area::of(picture, is_inside);
                     if best == Some(mask) {
                         draw::tint(picture, is_inside, colour);
                     }
