@@ -48,7 +48,7 @@ const EDGES: [(&str, &[&str]); 10] = [
 ];
 
 /// Libraries that belong to some crates alone, so that the others build without them.
-const HOMES: [(&str, &[&str]); 13] = [
+const HOMES: [(&str, &[&str]); 15] = [
     ("nvml-wrapper", &["roofbench-core"]),
     ("sysinfo", &["roofbench-core"]),
     ("hf-hub", &["roofbench-core"]),
@@ -60,6 +60,8 @@ const HOMES: [(&str, &[&str]); 13] = [
     ("realfft", &["roofbench-speech"]),
     ("rubato", &["roofbench-speech"]),
     ("plotters", &["roofbench-report"]),
+    ("quick-junit", &["roofbench-report"]),
+    ("statrs", &["roofbench-core"]),
     ("clap", &["roofbench-cli", "xtask"]),
     ("anyhow", &["roofbench-cli", "xtask"]),
 ];

@@ -16,8 +16,7 @@ use serde_json::Value;
 use crate::arguments::{DTypeArg, DeviceArg, WeightsArg};
 use crate::commands::run::Arguments;
 use crate::job::{Job, Sampling, WeightsJob};
-use crate::models::{self, engine_name};
-use crate::worker;
+use crate::{models, worker};
 
 /// A checkpoint with the family that it belongs to.
 struct Subject {
@@ -69,6 +68,7 @@ pub(crate) fn plan(arguments: &Arguments, machine: &Machine) -> anyhow::Result<V
                             switches: arguments.opt.clone(),
                             weights: subject.weights.clone(),
                             seed: arguments.seed,
+                            slow_down: arguments.slow_down,
                             sampling,
                             machine: machine.clone(),
                         });
@@ -101,7 +101,7 @@ fn requested(
     let mut requested = BTreeMap::from([
         ("weights", weights),
         ("seed", arguments.seed.to_string()),
-        ("engine", engine_name(engine).to_owned()),
+        ("engine", engine.name().to_owned()),
         ("batch", cell.batch.to_string()),
         ("threads", threads.to_string()),
         ("dtype", dtype.name().to_owned()),
@@ -401,11 +401,12 @@ fn cells(arguments: &Arguments, subject: &Subject, raw: Option<&RawInputs>) -> a
         let name = worker::raw_name(raw);
         return Ok(vec![Cell { name, batch: raw.batch() as u64, inputs: BTreeMap::new(), ..first.clone() }]);
     }
+    let (_, default) = catalog::checkpoint(&subject.family.default_checkpoint)?;
     let mut cells: Vec<Cell> = Vec::new();
     for cell in standard {
         let batches = if arguments.batch.is_empty() { &[cell.batch][..] } else { &arguments.batch };
         for &batch in batches {
-            let cell = fitted(cell.with_batch(batch)?, &subject.config);
+            let cell = fitted(cell.with_batch(batch)?, &default.config, &subject.config);
             let label = format!("{}/{}", subject.family.name, cell.name);
             let wanted = arguments.cell.is_empty() || arguments.cell.iter().any(|pattern| pattern.is_match(&label));
             if wanted && cells.iter().all(|known| known.name != cell.name) {
@@ -416,18 +417,25 @@ fn cells(arguments: &Arguments, subject: &Subject, raw: Option<&RawInputs>) -> a
     Ok(cells)
 }
 
-/// `cell` with pictures of the size that the config asks for, where it asks for one.
-fn fitted(mut cell: Cell, config: &Value) -> Cell {
-    let size = |key: usize| match &config["image_size"] {
-        Value::Array(sizes) => sizes.get(key).and_then(Value::as_u64),
-        size => size.as_u64(),
+/// `cell`, made for the config of the family's default checkpoint, with pictures as `config` asks for: a size is changed where
+/// it is the one that the default asks for.
+fn fitted(mut cell: Cell, default: &Value, config: &Value) -> Cell {
+    let asked = |config: &Value| {
+        let size = |axis: usize| match &config["image_size"] {
+            Value::Array(sizes) => sizes.get(axis).and_then(Value::as_u64),
+            size => size.as_u64(),
+        };
+        [config["num_channels"].as_u64(), size(0), size(1)]
     };
     if let Some(InputSpec::Floats { floats }) = cell.inputs.get_mut("pixel_values")
-        && let [_, channels, height, width] = &mut floats[..]
+        && let [_, sizes @ ..] = &mut floats[..]
+        && sizes.len() == 3
     {
-        for (dimension, wanted) in [(channels, config["num_channels"].as_u64()), (height, size(0)), (width, size(1))] {
-            if let Some(wanted) = wanted.and_then(|wanted| usize::try_from(wanted).ok()) {
-                *dimension = wanted;
+        for ((size, default), wanted) in sizes.iter_mut().zip(asked(default)).zip(asked(config)) {
+            if default.unwrap_or(*size as u64) == *size as u64
+                && let Some(wanted) = wanted.and_then(|wanted| usize::try_from(wanted).ok())
+            {
+                *size = wanted;
             }
         }
     }
@@ -438,4 +446,27 @@ fn fitted(mut cell: Cell, config: &Value) -> Cell {
 pub(crate) fn hub_options(offline: bool) -> HubOptions {
     let options = HubOptions::from_env();
     HubOptions { offline: offline || options.offline, ..options }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn pictures_have_the_size_that_another_config_asks_for() {
+        let of = |family: &str, config: Value| {
+            let family = catalog::family(family).unwrap();
+            let (_, default) = catalog::checkpoint(&family.default_checkpoint).unwrap();
+            match fitted(family.cells[0].clone(), &default.config, &config).inputs.remove("pixel_values") {
+                Some(InputSpec::Floats { floats }) => floats,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(of("vit", json!({"image_size": 384})), [1, 3, 384, 384]);
+        assert_eq!(of("vit", json!({"image_size": [32, 64], "num_channels": 1})), [1, 1, 32, 64]);
+        // the standard cell is at another size than the default's 518
+        assert_eq!(of("dinov2", json!({"image_size": 518})), [1, 3, 224, 224]);
+    }
 }

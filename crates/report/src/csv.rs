@@ -3,7 +3,6 @@
 use roofbench_core::meters::Quantity;
 use roofbench_core::metrics;
 use roofbench_core::record::{Outcome, Record};
-use roofbench_core::session::Engine;
 
 use crate::row::phase_name;
 
@@ -17,10 +16,6 @@ pub fn csv(records: &[Record]) -> String {
     for record in records {
         let subject = &record.subject;
         let settings = &record.settings;
-        let engine = match subject.engine {
-            Engine::Roofbench => "roofbench",
-            Engine::CandleTransformers => "candle-transformers",
-        };
         let threads = settings.threads().map(|threads| threads.to_string()).unwrap_or_default();
         let identity = [
             &record.started_at,
@@ -28,7 +23,7 @@ pub fn csv(records: &[Record]) -> String {
             &subject.cell.name,
             &subject.checkpoint,
             &subject.class,
-            engine,
+            subject.engine.name(),
             settings.device().unwrap_or_default(),
             settings.dtype().unwrap_or_default(),
             &threads,
