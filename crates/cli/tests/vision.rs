@@ -2,7 +2,6 @@
 //! pictures and settings that are not right.
 #![cfg(feature = "vision")]
 
-#[allow(dead_code, reason = "shared with other test files")]
 mod support;
 
 use std::collections::BTreeMap;
