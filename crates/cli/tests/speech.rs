@@ -2,7 +2,7 @@
 
 #![cfg(feature = "speech")]
 
-#[expect(dead_code, reason = "shared with the other tests")]
+#[allow(dead_code, reason = "shared with the other tests")]
 mod support;
 
 use std::fs;
