@@ -183,7 +183,15 @@ fn measure(job: &Job, found: &mut Found) -> anyhow::Result<Outcome> {
             tell(&Message::Answer(ui::answer(&answer)))?;
         }
     }
-    Ok(Outcome::Measured(Box::new(measurement)))
+    Ok(match &job.machine.cpu.emulator {
+        None => Outcome::Measured(Box::new(measurement)),
+        Some(emulator) => Outcome::Skipped {
+            reason: format!(
+                "it ran, {} in all, and no time is kept: {emulator} says nothing of the hardware's speed",
+                ui::count(measurement.samples.len(), "sample")
+            ),
+        },
+    })
 }
 
 /// What `job` builds its session from.

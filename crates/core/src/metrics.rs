@@ -280,7 +280,9 @@ fn phase_ns(sample: &Sample, phase: Phase) -> Option<u64> {
 }
 
 fn tpot_ns(sample: &Sample) -> Option<u64> {
-    let after_first = sample.total_ns.checked_sub(phase_ns(sample, Phase::Prefill)?)?;
+    // a vocoder behind the last step makes none
+    let behind = phase_ns(sample, Phase::Forward).unwrap_or(0);
+    let after_first = sample.total_ns.checked_sub(phase_ns(sample, Phase::Prefill)?)?.checked_sub(behind)?;
     after_first.checked_div(count(sample, Phase::Decode))
 }
 

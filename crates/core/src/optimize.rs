@@ -326,7 +326,8 @@ pub const BF16_PRODUCTS: Optimization = Optimization {
         if model.spec.dtype != DType::BF16 {
             return Verdict::impossible(format!("the weights are {}, not bf16", model.spec.dtype.as_str()));
         }
-        if !machine.cpu.isa.iter().any(|isa| isa == "avx512bf16") {
+        // `bf16` is Arm's word
+        if !machine.cpu.isa.iter().any(|isa| isa == "avx512bf16" || isa == "bf16") {
             return Verdict::impossible("the CPU has no instructions for products of bf16 that the kernels use");
         }
         match ceilings(machine, model, "bf16") {
@@ -434,7 +435,7 @@ pub const COMMON: &[&Optimization] =
     &[&PACKED_WEIGHTS, &FUSED_ATTENTION, &BF16_PRODUCTS, &WEIGHTS_Q8, &WEIGHTS_Q4, &DECODE_THREADS, &PINNED_THREADS];
 
 /// Why nothing of ours is to be chosen, unless our kernels run.
-fn ours_on_the_cpu(model: &Model) -> Option<Verdict> {
+pub fn ours_on_the_cpu(model: &Model) -> Option<Verdict> {
     match (model.spec.engine, model.spec.device.is_cpu()) {
         (Engine::CandleTransformers, _) => Some(Verdict::impossible("the stock model is run as it is")),
         (_, false) => Some(Verdict::impossible("our kernels run on the CPU; on other devices candle's do")),
@@ -478,8 +479,8 @@ fn smaller_weights(
     }
 }
 
-/// Bytes of the outermost cache, all instances together.
-fn last_level_cache(machine: &Machine) -> u64 {
+/// Bytes of the outermost cache, all instances together; 0 where no cache is known.
+pub fn last_level_cache(machine: &Machine) -> u64 {
     let last = machine.cpu.caches.iter().max_by_key(|cache| cache.level);
     last.map_or(0, |cache| cache.bytes * u64::from(cache.instances))
 }
@@ -495,8 +496,8 @@ fn widest(machine: &Machine) -> &'static str {
     }
 }
 
-/// `1.5 GB`.
-fn bytes(n: f64) -> String {
+/// A number of bytes as people read it: `1.5 GB`.
+pub fn bytes(n: f64) -> String {
     let units = [(1e9, "GB"), (1e6, "MB"), (1e3, "kB")];
     let (size, unit) = units.into_iter().find(|(size, _)| n >= *size).unwrap_or((1.0, "B"));
     format!("{:.1} {unit}", n / size)

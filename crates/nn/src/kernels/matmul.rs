@@ -35,13 +35,12 @@
 //! 2048 × 8192 runs at 25 and 18 GB/s with 4 and 8 rows, 2 KiB ahead at 34 and 26.
 //!
 //! Weights in bf16 are multiplied as bf16, the rows of A rounded to it as well, where the CPU does that faster than f32
-//! ([`PairProduct`]): such panels hold two neighbours over k in a lane, and the tile is the same with `vdpbf16ps` for the
-//! multiply-add.
+//! ([`PairProduct`]): such panels hold two neighbours over k in a lane, and the tile is the same with `vdpbf16ps` (on
+//! Arm `bfdot`) for the multiply-add.
 #![expect(unsafe_code, reason = "micro-kernels on raw rows; lengths are checked once, in `matmul`")]
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
-#[cfg(target_arch = "x86_64")]
 use std::sync::OnceLock;
 
 use half::{bf16, f16};
@@ -114,6 +113,9 @@ pub(super) enum PairProduct {
     /// `vdpbf16ps`.
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16,
+    /// `bfdot`.
+    #[cfg(target_arch = "aarch64")]
+    NeonBf16,
 }
 
 impl PairProduct {
@@ -123,29 +125,37 @@ impl PairProduct {
     /// of them, so the two are timed once, on registers, for some microseconds. `ROOFBENCH_BF16=f32` turns it off and
     /// `ROOFBENCH_BF16=dot` on.
     pub(super) fn chosen() -> Option<Self> {
-        #[cfg(target_arch = "x86_64")]
-        {
-            static FASTER: OnceLock<bool> = OnceLock::new();
-            if Isa::current() != Isa::Avx512 || !is_x86_feature_detected!("avx512bf16") {
-                return None;
-            }
-            let faster = || match std::env::var("ROOFBENCH_BF16").as_deref() {
-                Ok("dot") => true,
-                Ok("f32") => false,
-                _ => pairs_over_single() > 1.2,
-            };
-            let chosen = options::current().bf16_products.unwrap_or_else(|| *FASTER.get_or_init(faster));
-            chosen.then_some(Self::Avx512Bf16)
+        static FASTER: OnceLock<bool> = OnceLock::new();
+        let product = Self::available(Isa::current())?;
+        let faster = || match std::env::var("ROOFBENCH_BF16").as_deref() {
+            Ok("dot") => true,
+            Ok("f32") => false,
+            _ => pairs_over_single() > 1.2,
+        };
+        let chosen = options::current().bf16_products.unwrap_or_else(|| *FASTER.get_or_init(faster));
+        chosen.then_some(product)
+    }
+
+    /// The instruction for it that goes with `isa`, where this CPU has one.
+    fn available(isa: Isa) -> Option<Self> {
+        match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => is_x86_feature_detected!("avx512bf16").then_some(Self::Avx512Bf16),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => std::arch::is_aarch64_feature_detected!("bf16").then_some(Self::NeonBf16),
+            _ => None,
         }
-        #[cfg(not(target_arch = "x86_64"))]
-        None
     }
 }
 
-/// How many multiplications of bf16 this CPU, which has AVX-512 with BF16, does in the time of one of f32.
-#[cfg(target_arch = "x86_64")]
+/// How many multiplications of bf16 this CPU, which has an instruction for them, does in the time of one of f32.
 fn pairs_over_single() -> f64 {
-    use super::simd::{Avx512, Avx512Bf16};
+    #[cfg(target_arch = "x86_64")]
+    use super::simd::{Avx512 as Single, Avx512Bf16 as Pairs};
+    #[cfg(target_arch = "aarch64")]
+    use super::simd::{Neon as Single, NeonBf16 as Pairs};
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    use super::simd::{Scalar as Single, Scalar as Pairs};
     const STEPS: usize = 2000;
 
     struct Sums<E>(std::marker::PhantomData<E>);
@@ -175,9 +185,9 @@ fn pairs_over_single() -> f64 {
     }
     let kind = std::marker::PhantomData;
     // SAFETY: the caller has seen that the CPU has both.
-    let single = best(|| unsafe { Avx512::call(&Sums::<f32>(kind)) });
+    let single = best(|| unsafe { Single::call(&Sums::<f32>(kind)) });
     // SAFETY: as above.
-    let pairs = best(|| unsafe { Avx512Bf16::call(&Sums::<Pair>(std::marker::PhantomData)) });
+    let pairs = best(|| unsafe { Pairs::call(&Sums::<Pair>(std::marker::PhantomData)) });
     2.0 * single / pairs
 }
 
@@ -304,10 +314,15 @@ impl PackedMatrix {
                 Panels::F32(panels) => block_f32(isa, block, n, k, panels.as_ptr()),
                 Panels::Bf16(panels) => block_bf16(isa, block, n, k, panels.as_ptr()),
                 Panels::F16(panels) => block_f16(isa, block, n, k, panels.as_ptr()),
-                #[cfg(test)]
-                Panels::Pairs(panels, PairProduct::Halves) => block_pairs(isa, block, n, k, panels.as_ptr()),
-                #[cfg(target_arch = "x86_64")]
-                Panels::Pairs(panels, PairProduct::Avx512Bf16) => block_dot(block, n, k, panels.as_ptr()),
+                #[allow(unused_variables, reason = "CPUs without any such product")]
+                Panels::Pairs(panels, product) => match *product {
+                    #[cfg(test)]
+                    PairProduct::Halves => block_pairs(isa, block, n, k, panels.as_ptr()),
+                    #[cfg(target_arch = "x86_64")]
+                    PairProduct::Avx512Bf16 => block_dot(block, n, k, panels.as_ptr()),
+                    #[cfg(target_arch = "aarch64")]
+                    PairProduct::NeonBf16 => block_dot(block, n, k, panels.as_ptr()),
+                },
             }
         }
     }
@@ -655,6 +670,15 @@ simd_entry! {
 unsafe fn block_dot(block: &Block<'_>, n: usize, k: usize, panels: *const Pair) {
     // SAFETY: the caller's.
     unsafe { multiply::<super::simd::Avx512Bf16, Pair>(block, n, k, panels) }
+}
+
+/// # Safety
+/// As for [`block_f32`], A and W in pairs; the CPU has BF16.
+#[cfg(target_arch = "aarch64")]
+#[target_feature(enable = "neon,bf16")]
+unsafe fn block_dot(block: &Block<'_>, n: usize, k: usize, panels: *const Pair) {
+    // SAFETY: the caller's.
+    unsafe { multiply::<super::simd::NeonBf16, Pair>(block, n, k, panels) }
 }
 
 /// A stored weight.
@@ -1062,12 +1086,7 @@ mod tests {
     }
 
     fn pair_products(isa: Isa) -> Vec<PairProduct> {
-        let mut products = vec![PairProduct::Halves];
-        #[cfg(target_arch = "x86_64")]
-        if isa == Isa::Avx512 && is_x86_feature_detected!("avx512bf16") {
-            products.push(PairProduct::Avx512Bf16);
-        }
-        products
+        [PairProduct::Halves].into_iter().chain(PairProduct::available(isa)).collect()
     }
 
     #[test]
