@@ -14,7 +14,8 @@
 //! infinity or a NaN reaches all of its tiles, not its windows alone.
 //!
 //! What a form gains depends on the shape and the machine, so [`Winograd`] times the direct product and both forms the
-//! first time that a shape is met.
+//! first time that a shape is met. Where two are close the choice, and with it the rounding, may differ from run to run;
+//! an option holds it.
 //!
 //! Measured on a virtual machine with two cores of an AMD EPYC of the Zen 5 generation, AVX-512, one thread beside other
 //! work, with `cargo bench -p roofbench-nn --bench conv`, in µs directly, for m = 2 and for m = 4:
