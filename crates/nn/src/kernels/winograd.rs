@@ -14,7 +14,19 @@
 //! infinity or a NaN reaches all of its tiles, not its windows alone.
 //!
 //! What a form gains depends on the shape and the machine, so [`Winograd`] times the direct product and both forms the
-//! first time that a shape is met.
+//! first time that a shape is met. Where two are close the choice, and with it the rounding, may differ from run to run;
+//! an option holds it.
+//!
+//! Measured on a virtual machine with two cores of an AMD EPYC of the Zen 5 generation, AVX-512, one thread beside other
+//! work, with `cargo bench -p roofbench-nn --bench conv`, in µs directly, for m = 2 and for m = 4:
+//!
+//! | side, channels | 56, 64 | 28, 128 | 14, 256 | 7, 512 |
+//! |---|---|---|---|---|
+//! | 1 image | 918, 463, 279 | 885, 417, 243 | 891, 415, 312 | 883, 513, 637 |
+//! | 8 images | 7510, 3823, 2314 | 7151, 3386, 2085 | 7134, 3268, 2508 | 7165, 4157, 3628 |
+//!
+//! Tried and dropped there, beside more work: inputs of 1 MiB instead of 512 KiB, 8 images of 56 × 56 × 64 3187 against
+//! 2314, while 7 × 7 × 512 took 2895 against 3628, whence [`FEWEST`].
 
 #![expect(unsafe_code, reason = "vectors over raw pixels; lengths are checked once, at the entries")]
 
@@ -32,8 +44,10 @@ use crate::memory::Buffer;
 use crate::op::Shared;
 use crate::{options, pool};
 
-/// Bytes of a task's transformed inputs.
+/// Bytes of a task's transformed inputs, unless [`FEWEST`] tiles take more.
 const INPUT_BYTES: usize = 512 << 10;
+/// Tiles of a task, where there are as many: fewer would read the weights more often than the micro-kernel asks for.
+const FEWEST: usize = 12;
 /// A form has to take at most this part of the time of a more exact one to be chosen.
 const WORTH: f64 = 0.95;
 /// Multiplications of a direct product too short to be timed: some ten microseconds.
@@ -115,7 +129,7 @@ impl Transformed {
         let grid = image.out_size.map(|size| size.div_ceil(side));
         let (tiles, panels) = (image.batch * grid[0] * grid[1], self.outputs.div_ceil(panel_width(self.isa)));
         let most = INPUT_BYTES / (self.tile.places().pow(2) * self.inputs * size_of::<f32>());
-        let [tile_parts, panel_parts] = cut(tiles, panels, most.max(1), pool::threads());
+        let [tile_parts, panel_parts] = cut(tiles, panels, most.max(FEWEST), pool::threads());
         let base = Shared(out.as_mut_ptr().cast());
         pool::run(tile_parts * panel_parts, |task| {
             let task = Task {
