@@ -142,7 +142,8 @@ pub(crate) struct Arguments {
     pub(crate) target: Option<f64>,
     /// Processes of each cell, in turn over all cells; `roofbench compare` learns from them how far runs differ
     /// [default: 1; pairs of processes with --against: 5]
-    #[arg(long, value_name = "N", help_heading = "Sampling", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    #[arg(long, value_name = "N", help_heading = "Sampling", conflicts_with = "ablate",
+          value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub(crate) repeat: Option<u32>,
     /// Most time of one cell, loading included, in seconds; it is ended and fails beyond it
     #[arg(long, value_name = "S", value_parser = seconds, help_heading = "Sampling")]
