@@ -48,7 +48,7 @@ const EDGES: [(&str, &[&str]); 10] = [
 ];
 
 /// Libraries that belong to some crates alone, so that the others build without them.
-const HOMES: [(&str, &[&str]); 12] = [
+const HOMES: [(&str, &[&str]); 15] = [
     ("nvml-wrapper", &["roofbench-core"]),
     ("sysinfo", &["roofbench-core"]),
     ("hf-hub", &["roofbench-core"]),
@@ -59,6 +59,9 @@ const HOMES: [(&str, &[&str]); 12] = [
     ("realfft", &["roofbench-speech"]),
     ("rubato", &["roofbench-speech"]),
     ("plotters", &["roofbench-report"]),
+    ("alphanumeric-sort", &["roofbench-multimodal"]),
+    ("minijinja", &["roofbench-multimodal"]),
+    ("minijinja-contrib", &["roofbench-multimodal"]),
     ("clap", &["roofbench-cli", "xtask"]),
     ("anyhow", &["roofbench-cli", "xtask"]),
 ];

@@ -36,6 +36,8 @@ pub struct Options {
     pub fused_attention: bool,
     /// A last layer of which only the first rows are used, such as a class token's, computes no others.
     pub class_token_only: bool,
+    /// A picture that stands in a batch several times is encoded once.
+    pub shared_pictures: bool,
 }
 
 impl Default for Options {
@@ -46,13 +48,14 @@ impl Default for Options {
             bf16_products: None,
             fused_attention: true,
             class_token_only: true,
+            shared_pictures: true,
         }
     }
 }
 
 impl Options {
     /// Makes the choice `name` (`packed-weights`, `weights-q8`, `weights-q4`, `bf16-products`, `fused-attention`,
-    /// `class-token-only`); a name that is none of these changes nothing.
+    /// `class-token-only`, `shared-pictures`); a name that is none of these changes nothing.
     pub fn switch(&mut self, name: &str, on: bool) {
         let precision = |precision| if on { precision } else { Precision::Native };
         match name {
@@ -62,6 +65,7 @@ impl Options {
             "bf16-products" => self.bf16_products = Some(on),
             "fused-attention" => self.fused_attention = on,
             "class-token-only" => self.class_token_only = on,
+            "shared-pictures" => self.shared_pictures = on,
             _ => {}
         }
     }

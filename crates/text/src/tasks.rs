@@ -253,7 +253,7 @@ impl TextTask {
 }
 
 /// Cosine similarities between all of `names`.
-fn similarities_table(names: &[String], similarities: &[Vec<f32>]) -> Answer {
+pub fn similarities_table(names: &[String], similarities: &[Vec<f32>]) -> Answer {
     let numbers: Vec<String> = (1..=names.len()).map(|n| n.to_string()).collect();
     let header = ["".to_owned(), "cosine similarity".to_owned()].into_iter().chain(numbers.iter().cloned()).collect();
     let rows = numbers.iter().zip(names).zip(similarities).map(|((number, name), row)| {
@@ -263,8 +263,8 @@ fn similarities_table(names: &[String], similarities: &[Vec<f32>]) -> Answer {
     Answer::Table { header, rows: rows.collect() }
 }
 
-/// The likeliest words at each mask; nothing where no text has one.
-fn fillings_table(names: &[String], fillings: &[Vec<Vec<Filling>>]) -> Option<Answer> {
+/// The likeliest words at each mask of [`fill_mask`]; nothing where no text has one.
+pub fn fillings_table(names: &[String], fillings: &[Vec<Vec<Filling>>]) -> Option<Answer> {
     let mut rows = Vec::new();
     for (name, masks) in names.iter().zip(fillings) {
         let of_masks = masks.iter().enumerate().flat_map(|(mask, words)| {
