@@ -48,7 +48,7 @@ const EDGES: [(&str, &[&str]); 10] = [
 ];
 
 /// Libraries that belong to some crates alone, so that the others build without them.
-const HOMES: [(&str, &[&str]); 15] = [
+const HOMES: [(&str, &[&str]); 17] = [
     ("nvml-wrapper", &["roofbench-core"]),
     ("sysinfo", &["roofbench-core"]),
     ("hf-hub", &["roofbench-core"]),
@@ -62,6 +62,8 @@ const HOMES: [(&str, &[&str]); 15] = [
     ("alphanumeric-sort", &["roofbench-multimodal"]),
     ("minijinja", &["roofbench-multimodal"]),
     ("minijinja-contrib", &["roofbench-multimodal"]),
+    ("quick-junit", &["roofbench-report"]),
+    ("statrs", &["roofbench-core"]),
     ("clap", &["roofbench-cli", "xtask"]),
     ("anyhow", &["roofbench-cli", "xtask"]),
 ];

@@ -6,7 +6,7 @@ use roofbench_core::hardware::Machine;
 use roofbench_core::optimize::{Model, Optimization, Plan};
 use roofbench_core::record::Build;
 use roofbench_core::reference;
-use roofbench_core::session::{Engine, ModelSpec, Processor, Session, SessionError};
+use roofbench_core::session::{ModelSpec, Processor, Session, SessionError};
 use roofbench_core::task::{RawInputs, Task};
 use roofbench_core::weights::{AliasRule, Weights};
 use serde_json::Value;
@@ -143,14 +143,6 @@ fn not_here(family: &str) -> SessionError {
     SessionError::UnsupportedEngine {
         family: family.to_owned(),
         reason: format!("this build has no model of it; it runs {}", families.join(", ")),
-    }
-}
-
-/// The name of an engine as records and flags spell it.
-pub(crate) fn engine_name(engine: Engine) -> &'static str {
-    match engine {
-        Engine::Roofbench => "roofbench",
-        Engine::CandleTransformers => "candle-transformers",
     }
 }
 

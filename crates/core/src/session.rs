@@ -143,6 +143,16 @@ pub enum Engine {
     CandleTransformers,
 }
 
+impl Engine {
+    /// As flags and records write it: `roofbench`, `candle-transformers`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Roofbench => "roofbench",
+            Self::CandleTransformers => "candle-transformers",
+        }
+    }
+}
+
 /// What to build a session from.
 #[derive(Debug, Clone)]
 pub struct ModelSpec {

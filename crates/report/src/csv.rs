@@ -3,7 +3,7 @@
 use roofbench_core::meters::Quantity;
 use roofbench_core::metrics;
 use roofbench_core::record::{Outcome, Record};
-use roofbench_core::session::{Engine, Phase};
+use roofbench_core::session::Phase;
 
 const HEADER: &str = "started_at,family,cell,checkpoint,class,engine,device,dtype,threads,status,metric,phase,statistic,\
                       value,unit,provenance,note\r\n";
@@ -15,10 +15,6 @@ pub fn csv(records: &[Record]) -> String {
     for record in records {
         let subject = &record.subject;
         let settings = &record.settings;
-        let engine = match subject.engine {
-            Engine::Roofbench => "roofbench",
-            Engine::CandleTransformers => "candle-transformers",
-        };
         let threads = settings.threads().map(|threads| threads.to_string()).unwrap_or_default();
         let identity = [
             &record.started_at,
@@ -26,7 +22,7 @@ pub fn csv(records: &[Record]) -> String {
             &subject.cell.name,
             &subject.checkpoint,
             &subject.class,
-            engine,
+            subject.engine.name(),
             settings.device().unwrap_or_default(),
             settings.dtype().unwrap_or_default(),
             &threads,

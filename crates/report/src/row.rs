@@ -2,43 +2,25 @@
 
 use std::collections::BTreeMap;
 
-use roofbench_core::hardware::Machine;
 use roofbench_core::meters::Quantity;
 use roofbench_core::metrics::{self, Derived};
 use roofbench_core::optimize::DecidedBy;
 use roofbench_core::record::{Outcome, Record};
-use roofbench_core::session::Engine;
 
 use crate::format::{self, NONE};
 
-/// Settings asked for that say how long to sample, and not what: a longer run of the same cell takes the place of a quick one.
-const SAMPLING: [&str; 6] = ["quick", "target", "min-samples", "max-samples", "min-time", "max-time"];
-
-/// The latest record of every cell (same machine, checkpoint, class, engine and settings asked for, other than those of
-/// sampling), in the order of their first appearance.
+/// The latest record of every cell ([`Record::identity`]), in the order of their first appearance.
 pub fn latest(records: &[Record]) -> Vec<&Record> {
     let mut places = BTreeMap::new();
     let mut latest: Vec<&Record> = Vec::new();
     for record in records {
-        let subject = &record.subject;
-        let identity = (
-            machine_key(&record.machine),
-            subject.label(),
-            (&subject.checkpoint, &subject.class, subject.engine),
-            record.settings.requested.iter().filter(|(name, _)| !SAMPLING.contains(&name.as_str())).collect::<Vec<_>>(),
-        );
-        let place = *places.entry(identity).or_insert(latest.len());
+        let place = *places.entry(record.identity()).or_insert(latest.len());
         match latest.get_mut(place) {
             Some(slot) => *slot = record,
             None => latest.push(record),
         }
     }
     latest
-}
-
-/// What tells machines apart.
-pub(crate) fn machine_key(machine: &Machine) -> (&str, u32, Option<u64>, &str) {
-    (&machine.cpu.model, machine.cpu.usable_threads, machine.memory.total_bytes, &machine.os.name)
 }
 
 /// A record with its derived numbers.
@@ -62,10 +44,7 @@ pub(crate) struct Rows<'a> {
 /// The settings that a reader looks for first, of one record: engine, type, threads, device.
 fn settings(record: &Record) -> [Option<String>; 4] {
     let settings = &record.settings;
-    let engine = match record.subject.engine {
-        Engine::Roofbench => "roofbench",
-        Engine::CandleTransformers => "candle-transformers",
-    };
+    let engine = record.subject.engine.name();
     let threads = settings.threads().map(|n| format!("{n} thread{}", if n == 1 { "" } else { "s" }));
     // with the form of the weights, and what a user chose
     let choices = settings.optimizations.remarkable().into_iter().map(|switch| format!(" {switch}"));
