@@ -5,6 +5,7 @@ mod checkpoint;
 mod ci;
 mod docs;
 mod peers;
+mod platforms;
 mod process;
 mod sanitize;
 mod study;
@@ -33,6 +34,8 @@ enum Task {
     Docs(docs::Arguments),
     /// Runs our cells and those of PyTorch, ONNX Runtime, OpenVINO and candle-transformers in alternation
     Peers(peers::Arguments),
+    /// Tries other platforms from a Linux machine: Arm under qemu, Windows under Wine, CUDA without a GPU, Metal
+    Platforms(platforms::Arguments),
     /// Runs the kernels' tests under AddressSanitizer
     Sanitize,
     /// Finds out how often comparisons are wrong, by comparing the program with itself, and slowed down
@@ -48,6 +51,7 @@ fn main() -> ExitCode {
         Task::Ci(arguments) => ci::run(&arguments).map(|()| ExitCode::SUCCESS),
         Task::Docs(arguments) => docs::run(&arguments).map(|()| ExitCode::SUCCESS),
         Task::Peers(arguments) => peers::run(&arguments),
+        Task::Platforms(arguments) => platforms::run(&arguments),
         Task::Sanitize => sanitize::run().map(|()| ExitCode::SUCCESS),
         Task::Study(arguments) => study::run(&arguments),
         Task::Tidy => tidy::run().map(|()| ExitCode::SUCCESS),

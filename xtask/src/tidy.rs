@@ -56,6 +56,8 @@ const HOMES: [(&str, &[&str]); 17] = [
     ("tokenizers", &["roofbench-text", "roofbench-speech"]),
     ("image", &["roofbench-vision"]),
     ("symphonia", &["roofbench-speech"]),
+    ("hound", &["roofbench-speech"]),
+    ("prost", &["roofbench-speech"]),
     ("realfft", &["roofbench-speech"]),
     ("rubato", &["roofbench-speech"]),
     ("plotters", &["roofbench-report"]),

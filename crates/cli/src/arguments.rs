@@ -124,7 +124,7 @@ impl DeviceArg {
             Self::Cuda(index) => Device::new_cuda(index),
             Self::Metal => Device::new_metal(0),
         }
-        .with_context(|| format!("--device {self}: not on this machine (`roofbench probe` lists its GPUs)"))
+        .with_context(|| format!("--device {self} can't be used (`roofbench probe` lists this machine's GPUs)"))
     }
 
     /// An error when this build can't use the device.

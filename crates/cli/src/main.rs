@@ -4,6 +4,7 @@
 
 mod arguments;
 mod commands;
+mod gpu;
 mod job;
 mod memory;
 mod models;

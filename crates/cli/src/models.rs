@@ -65,7 +65,7 @@ const MODALITIES: &[Modality] = &[
         classes: roofbench_speech::classes,
         aliases: roofbench_speech::aliases,
         load: roofbench_speech::load,
-        optimizations: |family| roofbench_speech::optimizations(family).to_vec(),
+        optimizations: roofbench_speech::optimizations,
         optimize: roofbench_speech::apply_hardware_optimizations,
         processor: Some(roofbench_speech::processor),
         raw_inputs: roofbench_speech::raw_inputs,

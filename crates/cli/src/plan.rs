@@ -303,6 +303,10 @@ fn known(arguments: &Arguments, family: &'static Family) -> anyhow::Result<Subje
             if !arguments.dry_run {
                 eprintln!("looking for {repository} in the Hub's cache, and fetching what is missing");
                 Weights::open(&source, &[], &checkpoint.class, &hub).context("--weights hub")?;
+                if let Some(vocoder) = family.vocoder.as_ref().filter(|_| repository == family.default_checkpoint) {
+                    let source = Source::Hub { repository: vocoder.clone(), revision: None };
+                    Weights::open(&source, &[], "", &hub).context("--weights hub: the vocoder")?;
+                }
             }
             WeightsJob::Hub { repository, revision, ignore_extra: arguments.ignore_extra_tensors }
         }

@@ -19,7 +19,8 @@ pub(crate) fn print(text: &str) -> std::io::Result<()> {
     }
 }
 
-/// An error with its causes in one message. A cause that the message before it tells already is left out.
+/// An error with its causes in one message, and the way out where it comes from a GPU's driver. A cause that the message
+/// before it tells already is left out.
 pub(crate) fn chain(error: &anyhow::Error) -> String {
     let mut told = String::new();
     for cause in error.chain().map(|cause| cause.to_string()) {
@@ -29,7 +30,10 @@ pub(crate) fn chain(error: &anyhow::Error) -> String {
             told = format!("{told}: {cause}");
         }
     }
-    told
+    match crate::gpu::advice(&told) {
+        Some(advice) => format!("{told}; {advice}"),
+        None => told,
+    }
 }
 
 /// `1 cell`, `2 cells`.

@@ -20,6 +20,7 @@ use roofbench_core::stats;
 use roofbench_core::task::{RawInputs, Task};
 use roofbench_core::weights::{Source, Weights};
 use roofbench_core::workload::{self, InputSpec};
+use roofbench_nn::kernels::isa;
 
 use crate::arguments::EXIT_INTERRUPTED;
 use crate::job::{Job, Message, STOP, WeightsJob};
@@ -164,6 +165,10 @@ fn measure(job: &Job, found: &mut Found) -> anyhow::Result<Outcome> {
     let plan = job.sampling.plan();
     let before = Conditions::now();
     let measurement = harness::measure(&mut session, &call, load, &plan, &mut env)?;
+    // Convolutions choose their way when they first run.
+    if let (Engine::Roofbench, Some(path)) = (job.engine, isa::paths(&device, spec.dtype).remove("conv")) {
+        found.note("path.conv", path);
+    }
     let threads = u32::try_from(job.threads).unwrap_or(u32::MAX);
     found.warnings.extend(conditions::between(&before, &Conditions::now(), threads));
     found.warnings.extend(harness::warnings(&measurement, &plan));
@@ -178,7 +183,15 @@ fn measure(job: &Job, found: &mut Found) -> anyhow::Result<Outcome> {
             tell(&Message::Answer(ui::answer(&answer)))?;
         }
     }
-    Ok(Outcome::Measured(Box::new(measurement)))
+    Ok(match &job.machine.cpu.emulator {
+        None => Outcome::Measured(Box::new(measurement)),
+        Some(emulator) => Outcome::Skipped {
+            reason: format!(
+                "it ran, {} in all, and no time is kept: {emulator} says nothing of the hardware's speed",
+                ui::count(measurement.samples.len(), "sample")
+            ),
+        },
+    })
 }
 
 /// What `job` builds its session from.

@@ -9,9 +9,7 @@ use roofbench_core::catalog;
 use roofbench_core::record::{Outcome, StopRule};
 use roofbench_core::session::Engine;
 use serde_json::{Value, json};
-use support::{
-    bert_config, bert_tensors, checkpoint, copy_case, fixtures, program, records, roofbench, tokenizer, words,
-};
+use support::{bert_config, bert_tensors, checkpoint, copy_case, fixtures, records, roofbench, tokenizer, words};
 use tempfile::tempdir;
 
 /// Flags that keep a run short.
@@ -477,6 +475,7 @@ fn a_cell_that_takes_too_long_is_ended_and_recorded() {
 fn ctrl_c_keeps_what_is_done() {
     use std::io::{BufRead, BufReader, Read};
     use std::process::{Command, Stdio};
+    use support::program;
 
     let folder = with_model();
     let endless = "--min-time 500 --max-time 600 --max-samples 1000000 --threads 1 -v --output r.jsonl";

@@ -292,7 +292,9 @@ fn first_token_ns(sample: &Sample) -> Option<u64> {
 }
 
 fn tpot_ns(sample: &Sample) -> Option<u64> {
-    let after_first = sample.total_ns.checked_sub(first_token_ns(sample)?)?;
+    // a vocoder behind the last step makes none
+    let behind = phase_ns(sample, Phase::Forward).unwrap_or(0);
+    let after_first = sample.total_ns.checked_sub(first_token_ns(sample)?)?.checked_sub(behind)?;
     after_first.checked_div(count(sample, Phase::Decode))
 }
 

@@ -236,7 +236,7 @@ impl Task for TextTask {
             }
             (_, Some(hidden), Some(mask)) if names.len() > 1 && hidden.rank() == 3 => {
                 let pooled = mean_pool(&hidden.to_dtype(DType::F32)?, mask)?;
-                Some(similarities_table(&names, &cosine_similarities(&pooled)?.to_vec2()?))
+                Some(task::similarities(&names, &cosine_similarities(&pooled)?.to_vec2()?))
             }
             _ => None,
         };
@@ -250,17 +250,6 @@ impl TextTask {
         let is_decoder = self.config.get("is_encoder_decoder") != Some(&true.into());
         Ok(if is_decoder { ids.dim(1)? } else { 1 })
     }
-}
-
-/// Cosine similarities between all of `names`.
-pub fn similarities_table(names: &[String], similarities: &[Vec<f32>]) -> Answer {
-    let numbers: Vec<String> = (1..=names.len()).map(|n| n.to_string()).collect();
-    let header = ["".to_owned(), "cosine similarity".to_owned()].into_iter().chain(numbers.iter().cloned()).collect();
-    let rows = numbers.iter().zip(names).zip(similarities).map(|((number, name), row)| {
-        let cells = row.iter().map(|similarity| format!("{similarity:.4}"));
-        [number.clone(), name.clone()].into_iter().chain(cells).collect()
-    });
-    Answer::Table { header, rows: rows.collect() }
 }
 
 /// The likeliest words at each mask of [`fill_mask`]; nothing where no text has one.

@@ -95,9 +95,11 @@ pub fn optimizations(family: &str) -> Vec<&'static Optimization> {
     let common = || optimize::COMMON.iter().copied();
     match family {
         // maps and kernels alone
-        "resnet" => vec![&optimize::PACKED_WEIGHTS, &optimize::PINNED_THREADS],
+        "resnet" => vec![&optimize::PACKED_WEIGHTS, &optimize::WINOGRAD, &optimize::PINNED_THREADS],
         "convnext" => common().filter(|optimization| optimization.name != optimize::FUSED_ATTENTION.name).collect(),
         "vit" => common().chain([&vit::CLASS_TOKEN_ONLY]).collect(),
+        // a backbone of ResNet, a neck
+        "detr" | "sam" => common().chain([&optimize::WINOGRAD]).collect(),
         family if FAMILIES.contains(&family) => common().collect(),
         _ => Vec::new(),
     }

@@ -40,6 +40,9 @@ pub(crate) struct Arguments {
 /// The flags select no cell or several, the model does not load or run, or a file can't be written.
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let mut machine = hardware::probe();
+    if let Some(emulator) = &machine.cpu.emulator {
+        bail!("{emulator} says nothing of the hardware's speed, so nothing is compared under it");
+    }
     super::probe::measure_peaks(&mut machine, false)?;
     let jobs = plan::plan(&arguments.run, &machine)?;
     let [job] = &jobs[..] else {

@@ -21,10 +21,15 @@ pub(crate) use gpu::why_not as nvml_why_not;
 ///
 /// [`Machine::peaks`] stays empty; [`peaks::load_or_measure`] fills it.
 pub fn probe() -> Machine {
-    let root = Path::new("/");
+    let root = root();
     let (gpus, gpu_note) = gpu::probe();
+    let mut cpu = cpu::probe(root);
+    if cpu.emulator.is_some() {
+        // what was found is the host's name
+        cpu.model = format!("{} emulated on {}", cpu.arch, cpu.model);
+    }
     Machine {
-        cpu: cpu::probe(root),
+        cpu,
         memory: memory::probe(root),
         gpus,
         gpu_note,
@@ -32,6 +37,12 @@ pub fn probe() -> Machine {
         load_1m: system::load_1m(root),
         peaks: None,
     }
+}
+
+/// Where Linux shows its files; on other systems a folder that can't be, for Wine shows those of the Linux below it to a
+/// Windows program.
+pub(crate) fn root() -> &'static Path {
+    Path::new(if cfg!(target_os = "linux") { "/" } else { "\0" })
 }
 
 /// The machine as found, and its measured ceilings.
@@ -102,6 +113,9 @@ pub struct Cpu {
     pub governor: Option<String>,
     /// Hypervisor, container or emulator that this runs under.
     pub virtualization: Option<String>,
+    /// What emulates this CPU in software, if it is emulated. Then no speed is recorded as measured.
+    #[serde(default)]
+    pub emulator: Option<String>,
 }
 
 /// One kind of core of a hybrid CPU.

@@ -192,7 +192,7 @@ impl Task for Comparing {
                 if names.len() < 2 {
                     return Ok(Vec::new());
                 }
-                tasks::similarities_table(&names, &tasks::cosine_similarities(&embeddings)?.to_vec2()?)
+                task::similarities(&names, &tasks::cosine_similarities(&embeddings)?.to_vec2()?)
             }
             Kind::Clip => ranked(&images, &texts, &output("logits_per_image")?.to_vec2()?, "logit", true),
             Kind::Flava => {
