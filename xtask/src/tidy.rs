@@ -48,13 +48,14 @@ const EDGES: [(&str, &[&str]); 10] = [
 ];
 
 /// Libraries that belong to some crates alone, so that the others build without them.
-const HOMES: [(&str, &[&str]); 17] = [
+const HOMES: &[(&str, &[&str])] = &[
     ("nvml-wrapper", &["roofbench-core"]),
     ("sysinfo", &["roofbench-core"]),
     ("hf-hub", &["roofbench-core"]),
     ("gemm", &["roofbench-nn"]),
     ("tokenizers", &["roofbench-text", "roofbench-speech"]),
     ("image", &["roofbench-vision"]),
+    ("font8x8", &["roofbench-vision"]),
     ("symphonia", &["roofbench-speech"]),
     ("hound", &["roofbench-speech"]),
     ("prost", &["roofbench-speech"]),

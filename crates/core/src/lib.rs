@@ -7,6 +7,7 @@ pub mod classify;
 pub mod compare;
 pub mod config;
 pub mod cost;
+pub mod embeddings;
 pub mod generation;
 pub mod hardware;
 pub mod harness;

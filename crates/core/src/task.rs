@@ -95,17 +95,6 @@ pub fn grouped(name: &str, rows: impl IntoIterator<Item = Vec<String>>) -> Vec<V
     rows.into_iter().enumerate().map(named).collect()
 }
 
-/// Cosine similarities between all of `names`, a row of them each.
-pub fn similarities(names: &[String], similarities: &[Vec<f32>]) -> Answer {
-    let numbers: Vec<String> = (1..=names.len()).map(|n| n.to_string()).collect();
-    let header = ["".to_owned(), "cosine similarity".to_owned()].into_iter().chain(numbers.iter().cloned()).collect();
-    let rows = numbers.iter().zip(names).zip(similarities).map(|((number, name), row)| {
-        let cells = row.iter().map(|similarity| format!("{similarity:.4}"));
-        [number.clone(), name.clone()].into_iter().chain(cells).collect()
-    });
-    Answer::Table { header, rows: rows.collect() }
-}
-
 /// A probability (0 to 1) in percent, with three digits.
 pub fn percent(probability: f32) -> String {
     let value = 100.0 * f64::from(probability);

@@ -12,10 +12,10 @@ use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 
 use candle_core::{D, DType, Device, Tensor};
-use roofbench_core::classify;
 use roofbench_core::session::{Arguments, Call, ModelSpec, Session, SessionError, Tensors, Unobserved};
 use roofbench_core::task::{self, Answer, RawInputs, Task};
 use roofbench_core::weights::Weights;
+use roofbench_core::{classify, embeddings};
 use roofbench_nn::options;
 use serde_json::Value;
 
@@ -439,15 +439,13 @@ impl Listen {
                 [Answer::table(&QUALITY, table)].into_iter().chain(saved).collect()
             }
             Answers::Voices => {
-                let voices = output(outputs, "embeddings")?.to_dtype(DType::F32)?; // (batch, width)
+                let voices = output(outputs, "embeddings")?; // (batch, width)
                 if names.len() == 1 {
                     let width = voices.dim(1)?;
                     let text = format!("a voice as {width} numbers; give a second --audio to compare it with");
                     return Ok(vec![Answer::Text(text)]);
                 }
-                let length = voices.sqr()?.sum_keepdim(1)?.sqrt()?.maximum(1e-12)?;
-                let voices = voices.broadcast_div(&length)?;
-                vec![task::similarities(&names, &voices.matmul(&voices.t()?)?.to_vec2()?)]
+                vec![embeddings::table(&names, &voices)?]
             }
             Answers::Labels => vec![classify::table(&names, output(outputs, "logits")?, &self.config, TOP)?],
             Answers::FrameLabels => vec![self.active(&names, sounds, output(outputs, "logits")?)?],

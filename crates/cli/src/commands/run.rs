@@ -37,6 +37,8 @@ Examples:
                                            real weights on real text, and what comes out
   roofbench run vit --weights ./vit-base-patch16-224 --image photo.jpg
                                            real weights on a real picture: the likeliest labels
+  roofbench run detr --weights hub --image photo.jpg --save boxes.png
+                                           the objects in it, and the picture with their boxes
   roofbench run llama --opt +weights-q8,-decode-threads
                                            weights in 8 bits, all threads for decoding
   roofbench run vit --ablate               what each optimisation is worth here

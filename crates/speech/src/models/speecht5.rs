@@ -1295,7 +1295,7 @@ mod tests {
     fn model(spec: &ModelSpec) -> Box<dyn Session> {
         let source = Source::Synthetic { seed: 0 };
         let weights = Weights::open(&source, aliases(spec), &spec.class, &Default::default()).expect("weights");
-        load(spec, weights.var_builder(DType::F32, &Device::Cpu)).expect("a model")
+        load(spec, &weights, weights.var_builder(DType::F32, &Device::Cpu)).expect("a model")
     }
 
     fn speak(model: &mut dyn Session, rows: &[[i64; 4]], arguments: Value) -> Result<Tensor, SessionError> {
