@@ -116,6 +116,8 @@ fn clip_tells_texts_apart_and_its_towers_too() {
     run(&folder, &["--text", "a boat"]).expect(1, &["--image", "CLIPModel needs one"]);
     run(&folder, &["--image", "model/config.json", "--text", "a"]).expect(1, &["config.json", "not a picture"]);
     run(&folder, &["--audio", "photo.png"]).expect(2, &["--audio: clip takes no sound"]);
+    let saved = ["--image", "photo.png", "--text", "a", "--save", "out.png"];
+    run(&folder, &saved).expect(1, &["--save", "nothing to draw"]);
 }
 
 #[test]

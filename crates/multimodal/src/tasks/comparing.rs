@@ -1,9 +1,9 @@
 //! How near pictures, texts and sounds are to each other: CLIP, FLAVA, the retrieval classes of BLIP and BLIP-2, ImageBind.
 
 use candle_core::{DType, Tensor};
+use roofbench_core::embeddings;
 use roofbench_core::session::{Call, Session, SessionError, Tensors};
 use roofbench_core::task::{self, Answer, Task};
-use roofbench_text::tasks;
 use serde_json::Value;
 
 use super::{Given, Side, pairs, rows, token, with_mask};
@@ -165,12 +165,12 @@ impl Comparing {
             Kind::Alone(output) => vec![(*output, given.texts())],
             _ => Vec::new(),
         };
-        let (mut names, mut embeddings) = (Vec::new(), Vec::new());
+        let (mut names, mut embeds) = (Vec::new(), Vec::new());
         for (output, of) in parts.into_iter().filter(|(_, of)| !of.is_empty()) {
-            embeddings.push(given.output(outputs, output)?.to_dtype(DType::F32)?);
+            embeds.push(given.output(outputs, output)?.to_dtype(DType::F32)?);
             names.extend(of);
         }
-        Ok((names, Tensor::cat(&embeddings, 0)?))
+        Ok((names, Tensor::cat(&embeds, 0)?))
     }
 }
 
@@ -188,11 +188,11 @@ impl Task for Comparing {
         let output = |name: &str| Ok::<_, SessionError>(given.output(outputs, name)?.to_dtype(DType::F32)?);
         let answer = match &self.kind {
             Kind::Alone(_) | Kind::ImageBind => {
-                let (names, embeddings) = self.embedded(outputs)?;
+                let (names, embeds) = self.embedded(outputs)?;
                 if names.len() < 2 {
                     return Ok(Vec::new());
                 }
-                task::similarities(&names, &tasks::cosine_similarities(&embeddings)?.to_vec2()?)
+                embeddings::table(&names, &embeds)?
             }
             Kind::Clip => ranked(&images, &texts, &output("logits_per_image")?.to_vec2()?, "logit", true),
             Kind::Flava => {

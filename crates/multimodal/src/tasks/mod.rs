@@ -82,6 +82,9 @@ struct Given {
 
 impl Given {
     fn new(spec: &ModelSpec, weights: &Weights, raw: RawInputs) -> Result<Self, SessionError> {
+        if raw.save.is_some() {
+            return Err(SessionError::input("--save", format!("{} gives nothing to draw or to hear", spec.class)));
+        }
         let tokenizer = match weights.file("tokenizer.json") {
             None if raw.texts.is_empty() => None,
             _ => Some(tasks::tokenizer(weights)?),
