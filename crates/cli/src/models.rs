@@ -77,7 +77,7 @@ const MODALITIES: &[Modality] = &[
         classes: roofbench_multimodal::classes,
         aliases: roofbench_multimodal::aliases,
         load: roofbench_multimodal::load,
-        optimizations: |family| roofbench_multimodal::optimizations(family).to_vec(),
+        optimizations: roofbench_multimodal::optimizations,
         optimize: roofbench_multimodal::apply_hardware_optimizations,
         processor: Some(roofbench_multimodal::processor),
         raw_inputs: roofbench_multimodal::raw_inputs,

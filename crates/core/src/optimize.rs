@@ -434,6 +434,17 @@ pub const PINNED_THREADS: Optimization = Optimization {
 pub const COMMON: &[&Optimization] =
     &[&PACKED_WEIGHTS, &FUSED_ATTENTION, &BF16_PRODUCTS, &WEIGHTS_Q8, &WEIGHTS_Q4, &DECODE_THREADS, &PINNED_THREADS];
 
+/// Pictures of a batch that are the same, encoded once.
+pub const SHARED_PICTURES: Optimization = Optimization {
+    name: "shared-pictures",
+    about: "a picture that several questions of a batch are about goes through the vision tower once; else once for each",
+    rule: |_, model| {
+        ours_on_the_cpu(model).unwrap_or_else(|| {
+            Verdict::on("to find that two pictures differ takes nanoseconds, to encode one milliseconds")
+        })
+    },
+};
+
 /// Why nothing of ours is to be chosen, unless our kernels run.
 pub fn ours_on_the_cpu(model: &Model) -> Option<Verdict> {
     match (model.spec.engine, model.spec.device.is_cpu()) {

@@ -39,6 +39,8 @@ pub struct Options {
     pub winograd: Winograd,
     /// A last layer of which only the first rows are used, such as a class token's, computes no others.
     pub class_token_only: bool,
+    /// A picture that stands in a batch several times is encoded once.
+    pub shared_pictures: bool,
     /// Convolutions over a long signal run tile by tile, whose values stay in a cache between them.
     pub tiled_features: bool,
     /// Files are decoded on a thread of their own, ahead of the model.
@@ -87,6 +89,7 @@ impl Default for Options {
             fused_attention: true,
             winograd: Winograd::Measured,
             class_token_only: true,
+            shared_pictures: true,
             tiled_features: true,
             overlapped_decoding: true,
         }
@@ -95,7 +98,8 @@ impl Default for Options {
 
 impl Options {
     /// Makes the choice `name` (`packed-weights`, `weights-q8`, `weights-q4`, `bf16-products`, `fused-attention`,
-    /// `winograd`, `class-token-only`, `tiled-features`, `overlapped-decoding`); a name that is none of these changes nothing.
+    /// `winograd`, `class-token-only`, `shared-pictures`, `tiled-features`, `overlapped-decoding`); a name that is none of these
+    /// changes nothing.
     pub fn switch(&mut self, name: &str, on: bool) {
         let precision = |precision| if on { precision } else { Precision::Native };
         match name {
@@ -106,6 +110,7 @@ impl Options {
             "fused-attention" => self.fused_attention = on,
             "winograd" => self.winograd = if on { Winograd::Measured } else { Winograd::Never },
             "class-token-only" => self.class_token_only = on,
+            "shared-pictures" => self.shared_pictures = on,
             "tiled-features" => self.tiled_features = on,
             "overlapped-decoding" => self.overlapped_decoding = on,
             _ => {}

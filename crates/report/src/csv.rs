@@ -3,8 +3,7 @@
 use roofbench_core::meters::Quantity;
 use roofbench_core::metrics;
 use roofbench_core::record::{Outcome, Record};
-
-use crate::row::phase_name;
+use roofbench_core::session::Phase;
 
 const HEADER: &str = "started_at,family,cell,checkpoint,class,engine,device,dtype,threads,status,metric,phase,statistic,\
                       value,unit,provenance,note\r\n";
@@ -45,7 +44,7 @@ pub fn csv(records: &[Record]) -> String {
                     line([
                         "measured",
                         value.metric,
-                        value.phase.map(phase_name).unwrap_or_default(),
+                        value.phase.map(Phase::name).unwrap_or_default(),
                         value.statistic.as_deref().unwrap_or_default(),
                         &value.quantity.value().map(|value| value.to_string()).unwrap_or_default(),
                         &value.unit,

@@ -38,13 +38,30 @@ pub fn markdown(records: &[Record], families: &[&str]) -> String {
         section(
             &mut text,
             "Phases under the roofline",
-            &["cell", "phase", "time", "FLOP/s", "B/s", "FLOP/B", "MFU", "MBU", "% of roofline", "bound"],
+            &[
+                "cell",
+                "phase",
+                "time",
+                "share",
+                "bytes",
+                "energy",
+                "FLOP/s",
+                "B/s",
+                "FLOP/B",
+                "MFU",
+                "MBU",
+                "% of roofline",
+                "bound",
+            ],
             measured.iter().flat_map(|row| {
                 row.phases().into_iter().map(|p| {
                     vec![
                         row.label.clone(),
                         p.phase.to_owned(),
                         p.time,
+                        p.share,
+                        p.bytes,
+                        p.energy,
                         p.flops,
                         p.bandwidth,
                         p.intensity,

@@ -6,7 +6,6 @@ use roofbench_core::meters::Quantity;
 use roofbench_core::metrics::{self, Derived};
 use roofbench_core::optimize::DecidedBy;
 use roofbench_core::record::{Outcome, Record};
-use roofbench_core::session::Phase;
 
 use crate::format::{self, NONE};
 
@@ -135,19 +134,25 @@ impl<'a> Rows<'a> {
     }
 }
 
-pub(crate) fn phase_name(phase: Phase) -> &'static str {
-    match phase {
-        Phase::Forward => "forward",
-        Phase::Prefill => "prefill",
-        Phase::Decode => "decode",
-    }
+/// Joules in a line for each sensor.
+fn by_sensor<'a>(joules: impl Iterator<Item = (&'a String, &'a Quantity)>) -> String {
+    let line = |(sensor, joules): (&String, &Quantity)| {
+        format!("{} ({sensor})", format::quantity(joules, |value| format::si(value, "J")))
+    };
+    let lines: Vec<String> = joules.map(line).collect();
+    if lines.is_empty() { NONE.to_owned() } else { lines.join("\n") }
 }
 
 /// One line of a phase table.
 pub(crate) struct PhaseRow {
     pub(crate) phase: &'static str,
     pub(crate) time: String,
+    /// Of the whole call's time.
+    pub(crate) share: String,
+    /// Of one call, by sensor.
+    pub(crate) energy: String,
     pub(crate) flops: String,
+    pub(crate) bytes: String,
     pub(crate) bandwidth: String,
     pub(crate) intensity: String,
     pub(crate) mfu: String,
@@ -201,14 +206,13 @@ impl Row<'_> {
     pub(crate) fn energy(&self) -> String {
         self.with(|d| {
             let known = d.energy.iter().filter(|energy| energy.per_unit.value().is_some());
-            let lines: Vec<String> = known
-                .map(|energy| {
-                    let number = format::quantity(&energy.per_unit, |value| format::si(value, "J"));
-                    format!("{number} ({})", energy.sensor)
-                })
-                .collect();
-            if lines.is_empty() { NONE.to_owned() } else { lines.join("\n") }
+            by_sensor(known.map(|energy| (&energy.sensor, &energy.per_unit)))
         })
+    }
+
+    /// It has phases for its components.
+    pub(crate) fn has_components(&self) -> bool {
+        self.derived.as_ref().is_some_and(|derived| derived.phases.iter().any(|result| result.phase.is_component()))
     }
 
     fn with(&self, show: impl Fn(&Derived) -> String) -> String {
@@ -222,9 +226,12 @@ impl Row<'_> {
             let position = result.position.as_ref().ok();
             let intensity = result.cost.arithmetic_intensity();
             PhaseRow {
-                phase: phase_name(result.phase),
+                phase: result.phase.name(),
                 time: format::median(&result.seconds),
+                share: format::percent(result.seconds.median / derived.latency.median),
+                energy: by_sensor(result.energy.iter().map(|(sensor, joules)| (sensor, joules))),
                 flops: format::si(result.flops(), "FLOP/s"),
+                bytes: format::si(result.cost.bytes() as f64, "B"),
                 bandwidth: format::si(result.bandwidth(), "B/s"),
                 intensity: intensity.map_or_else(|| NONE.to_owned(), format::significant),
                 mfu: ratio(result.mfu),
@@ -260,7 +267,7 @@ impl Row<'_> {
         let unplaced = derived.phases.iter().filter(|_| derived.ceiling.is_ok());
         let unplaced = unplaced.filter_map(|r| Some((r.phase, r.position.as_ref().err()?)));
         let untimed = derived.gaps.iter().map(|(phase, reason)| (*phase, reason));
-        reasons.extend(unplaced.chain(untimed).map(|(phase, reason)| format!("{}: {reason}", phase_name(phase))));
+        reasons.extend(unplaced.chain(untimed).map(|(phase, reason)| format!("{}: {reason}", phase.name())));
         if let Quantity::Unavailable { reason } = &derived.peak_rss {
             reasons.push(format!("peak memory: {reason}"));
         }

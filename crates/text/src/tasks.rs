@@ -229,8 +229,8 @@ impl TextTask {
     }
 }
 
-/// The likeliest words at each mask; nothing where no text has one.
-fn fillings_table(names: &[String], fillings: &[Vec<Vec<Filling>>]) -> Option<Answer> {
+/// The likeliest words at each mask of [`fill_mask`]; nothing where no text has one.
+pub fn fillings_table(names: &[String], fillings: &[Vec<Vec<Filling>>]) -> Option<Answer> {
     let mut rows = Vec::new();
     for (name, masks) in names.iter().zip(fillings) {
         let of_masks = masks.iter().enumerate().flat_map(|(mask, words)| {
