@@ -611,7 +611,8 @@ mod tests {
             assert!(comparison.apart[0].owed, "{comparison:?}");
             comparison.apart[0].reason.clone()
         };
-        let cases: [(&dyn Fn(&mut Record), &str); 7] = [
+        type Change<'a> = &'a dyn Fn(&mut Record);
+        let cases: [(Change<'_>, &str); 7] = [
             (&|r| r.machine.cpu.model = "Other".into(), "machine Testing CPU, "),
             (&|r| r.subject.engine = Engine::CandleTransformers, "engine roofbench and candle-transformers"),
             (&|r| drop(r.settings.requested.insert("threads".into(), "4".into())), "threads none and 4"),

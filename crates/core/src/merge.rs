@@ -29,7 +29,8 @@ pub struct Merged {
 pub fn merge<P: AsRef<Path>>(files: &[P]) -> Result<Merged, RecordError> {
     let mut merged = Merged::default();
     let mut kept: Vec<(Record, String)> = Vec::new();
-    let mut of_run: BTreeMap<(String, String, String), Vec<(usize, &Path)>> = BTreeMap::new();
+    // by start, cell and machine: places among those kept, and their files
+    let mut of_run = BTreeMap::<_, Vec<(usize, &Path)>>::new();
     for file in files {
         let file = file.as_ref();
         let (lines, problems) = record::read_lines(file)?;

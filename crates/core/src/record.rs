@@ -386,11 +386,14 @@ pub fn read(path: impl AsRef<Path>) -> Result<ReadOutcome, RecordError> {
     Ok(ReadOutcome { records: lines.into_iter().map(|(record, _)| record).collect(), problems })
 }
 
+/// A record and the line that it was read from.
+pub type Line = (Record, String);
+
 /// As [`read`], each record with the line that it was read from, which may hold more than this version knows.
 ///
 /// # Errors
 /// As [`read`].
-pub fn read_lines(path: impl AsRef<Path>) -> Result<(Vec<(Record, String)>, Vec<String>), RecordError> {
+pub fn read_lines(path: impl AsRef<Path>) -> Result<(Vec<Line>, Vec<String>), RecordError> {
     let path = path.as_ref();
     let bytes = fs::read(path).map_err(|source| RecordError::Read { path: path.to_owned(), source })?;
     let (mut lines, mut problems) = (Vec::new(), Vec::new());

@@ -330,13 +330,16 @@ impl Quality {
 
 const QUALITY: [&str; 4] = ["input", "seconds", "bitrate", "signal-to-noise ratio"];
 
+/// Samples by channel.
+type Channels = Vec<Vec<f32>>;
+
 /// What a codec made of each of `sounds`: its samples, as many as there were, and codes.
-fn decoded(sounds: &[Sound], outputs: &Tensors) -> Result<Vec<(Vec<Vec<f32>>, usize)>, SessionError> {
+fn decoded(sounds: &[Sound], outputs: &Tensors) -> Result<Vec<(Channels, usize)>, SessionError> {
     let values = output(outputs, "audio_values")?.to_dtype(DType::F32)?.to_vec3::<f32>()?;
     let codes = output(outputs, "audio_codes")?;
     let (pieces, _, quantizers, frames) = codes.dims4()?;
     let longest = sounds.iter().map(Sound::len).max().unwrap_or_default().max(1);
-    let of = |(sound, mut channels): (&Sound, Vec<Vec<f32>>)| {
+    let of = |(sound, mut channels): (&Sound, Channels)| {
         channels.iter_mut().for_each(|channel| channel.truncate(sound.len()));
         // the part of the codes that is not of padding
         (channels, pieces * quantizers * (frames * sound.len()).div_ceil(longest))
@@ -445,7 +448,7 @@ impl Listen {
                     let text = format!("a voice as {width} numbers; give a second --audio to compare it with");
                     return Ok(vec![Answer::Text(text)]);
                 }
-                vec![embeddings::table(&names, &voices)?]
+                vec![embeddings::table(&names, voices)?]
             }
             Answers::Labels => vec![classify::table(&names, output(outputs, "logits")?, &self.config, TOP)?],
             Answers::FrameLabels => vec![self.active(&names, sounds, output(outputs, "logits")?)?],
