@@ -108,7 +108,7 @@ fn flops(measurement: &Measurement, phase: Phase) -> u64 {
 fn clip_tells_texts_apart_and_its_towers_too() {
     let folder = with_model("clip/end-token-pooling", square(32));
     let texts = ["--text", "a boat", "--text", "total due"];
-    let ran = run(&folder, &[&["--image", "photo.png"], &texts[..]].concat());
+    let ran = run(&folder, &[&["--image", "photo.png"][..], &texts].concat());
     ran.expect(0, &["photo.png", "a boat", "total due", "probability", "preprocessing: ", "vision", "text", "share"]);
     let measurement = measured(&folder);
     assert_eq!(phases(&measurement), [Phase::Vision, Phase::Text, Phase::Forward]);
