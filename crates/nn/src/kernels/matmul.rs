@@ -150,12 +150,12 @@ impl PairProduct {
 
 /// How many multiplications of bf16 this CPU, which has an instruction for them, does in the time of one of f32.
 fn pairs_over_single() -> f64 {
+    #[cfg(target_arch = "x86_64")]
+    use super::simd::{Avx512 as Single, Avx512Bf16 as Pairs};
     #[cfg(target_arch = "aarch64")]
     use super::simd::{Neon as Single, NeonBf16 as Pairs};
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     use super::simd::{Scalar as Single, Scalar as Pairs};
-    #[cfg(target_arch = "x86_64")]
-    use super::simd::{Avx512 as Single, Avx512Bf16 as Pairs};
     const STEPS: usize = 2000;
 
     struct Sums<E>(std::marker::PhantomData<E>);
