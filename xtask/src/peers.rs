@@ -330,7 +330,8 @@ Made by `cargo xtask peers`, which runs our cells and those of the peers in alte
 inputs, same threads, same precision, one process each, the others asleep. A round runs every engine for about 0.7 s; the
 ratio is *their time over ours* within a round, so above 1 we are faster; its median over the rounds is shown with a
 bootstrap 95 % interval. `error` is the largest difference from our outputs over the largest value. `of peak` is the analytic
-FLOPs over our time, as a share of the machine's measured f32 peak on as many threads.
+FLOPs over our time, as a share of the machine's measured f32 peak on as many threads. [Kernels](kernels.md) shows each
+kernel by itself.
 ";
 
 fn section(text: &mut String, results: &Results) -> anyhow::Result<()> {

@@ -53,6 +53,8 @@ pub(crate) struct Job {
     pub(crate) weights: WeightsJob,
     /// Seed of drawn inputs.
     pub(crate) seed: u64,
+    /// Per cent by which each call is made slower, to be found by a comparison.
+    pub(crate) slow_down: Option<f64>,
     /// When to stop.
     pub(crate) sampling: Sampling,
     /// Settings as asked for, by flag.

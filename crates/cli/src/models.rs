@@ -6,7 +6,7 @@ use roofbench_core::hardware::Machine;
 use roofbench_core::optimize::{Model, Optimization, Plan};
 use roofbench_core::record::Build;
 use roofbench_core::reference;
-use roofbench_core::session::{Engine, ModelSpec, Processor, Session, SessionError};
+use roofbench_core::session::{ModelSpec, Processor, Session, SessionError};
 use roofbench_core::task::{RawInputs, Task};
 use roofbench_core::weights::{AliasRule, Weights};
 use serde_json::Value;
@@ -65,7 +65,7 @@ const MODALITIES: &[Modality] = &[
         classes: roofbench_speech::classes,
         aliases: roofbench_speech::aliases,
         load: roofbench_speech::load,
-        optimizations: |family| roofbench_speech::optimizations(family).to_vec(),
+        optimizations: roofbench_speech::optimizations,
         optimize: roofbench_speech::apply_hardware_optimizations,
         processor: Some(roofbench_speech::processor),
         raw_inputs: roofbench_speech::raw_inputs,
@@ -77,7 +77,7 @@ const MODALITIES: &[Modality] = &[
         classes: roofbench_multimodal::classes,
         aliases: roofbench_multimodal::aliases,
         load: roofbench_multimodal::load,
-        optimizations: |family| roofbench_multimodal::optimizations(family).to_vec(),
+        optimizations: roofbench_multimodal::optimizations,
         optimize: roofbench_multimodal::apply_hardware_optimizations,
         processor: Some(roofbench_multimodal::processor),
         raw_inputs: roofbench_multimodal::raw_inputs,
@@ -143,14 +143,6 @@ fn not_here(family: &str) -> SessionError {
     SessionError::UnsupportedEngine {
         family: family.to_owned(),
         reason: format!("this build has no model of it; it runs {}", families.join(", ")),
-    }
-}
-
-/// The name of an engine as records and flags spell it.
-pub(crate) fn engine_name(engine: Engine) -> &'static str {
-    match engine {
-        Engine::Roofbench => "roofbench",
-        Engine::CandleTransformers => "candle-transformers",
     }
 }
 

@@ -16,8 +16,7 @@ use serde_json::Value;
 use crate::arguments::{DTypeArg, DeviceArg, WeightsArg};
 use crate::commands::run::Arguments;
 use crate::job::{Job, Sampling, WeightsJob};
-use crate::models::{self, engine_name};
-use crate::worker;
+use crate::{models, worker};
 
 /// A checkpoint with the family that it belongs to.
 struct Subject {
@@ -69,6 +68,7 @@ pub(crate) fn plan(arguments: &Arguments, machine: &Machine) -> anyhow::Result<V
                             switches: arguments.opt.clone(),
                             weights: subject.weights.clone(),
                             seed: arguments.seed,
+                            slow_down: arguments.slow_down,
                             sampling,
                             machine: machine.clone(),
                         });
@@ -101,7 +101,7 @@ fn requested(
     let mut requested = BTreeMap::from([
         ("weights", weights),
         ("seed", arguments.seed.to_string()),
-        ("engine", engine_name(engine).to_owned()),
+        ("engine", engine.name().to_owned()),
         ("batch", cell.batch.to_string()),
         ("threads", threads.to_string()),
         ("dtype", dtype.name().to_owned()),
@@ -303,6 +303,10 @@ fn known(arguments: &Arguments, family: &'static Family) -> anyhow::Result<Subje
             if !arguments.dry_run {
                 eprintln!("looking for {repository} in the Hub's cache, and fetching what is missing");
                 Weights::open(&source, &[], &checkpoint.class, &hub).context("--weights hub")?;
+                if let Some(vocoder) = family.vocoder.as_ref().filter(|_| repository == family.default_checkpoint) {
+                    let source = Source::Hub { repository: vocoder.clone(), revision: None };
+                    Weights::open(&source, &[], "", &hub).context("--weights hub: the vocoder")?;
+                }
             }
             WeightsJob::Hub { repository, revision, ignore_extra: arguments.ignore_extra_tensors }
         }

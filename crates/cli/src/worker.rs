@@ -20,11 +20,13 @@ use roofbench_core::stats;
 use roofbench_core::task::{RawInputs, Task};
 use roofbench_core::weights::{Source, Weights};
 use roofbench_core::workload::{self, InputSpec};
+use roofbench_nn::kernels::isa;
 
 use crate::arguments::EXIT_INTERRUPTED;
 use crate::job::{Job, Message, STOP, WeightsJob};
-use crate::models::{Models, engine_name};
+use crate::models::Models;
 use crate::optimized::{self, Optimized};
+use crate::slowed::Slowed;
 use crate::{memory, models, plan, ui};
 
 /// Set when the planning process asks to finish.
@@ -80,7 +82,7 @@ pub(crate) fn record(job: &Job, started_at: String, outcome: Outcome) -> Record 
         ("dtype", job.dtype.name().to_owned()),
         ("threads", job.threads.to_string()),
         ("device", job.device.to_string()),
-        ("engine", engine_name(job.engine).to_owned()),
+        ("engine", job.engine.name().to_owned()),
     ];
     Record {
         schema_version: SCHEMA_VERSION,
@@ -154,12 +156,19 @@ fn measure(job: &Job, found: &mut Found) -> anyhow::Result<Outcome> {
     status("loading");
     let ((mut session, weights), load) = harness::timed(&mut env, || load(job, &spec, &optimizations))?;
     found.note("weights", weights.describe().source);
+    if let Some(percent) = job.slow_down {
+        found.note("slow-down", format!("{percent} %, planted"));
+    }
     found.effective.extend(session.paths().into_iter().map(|(kind, path)| (format!("path.{kind}"), path)));
 
     let (call, task) = call(job, &spec, &weights, found)?;
     let plan = job.sampling.plan();
     let before = Conditions::now();
     let measurement = harness::measure(&mut session, &call, load, &plan, &mut env)?;
+    // Convolutions choose their way when they first run.
+    if let (Engine::Roofbench, Some(path)) = (job.engine, isa::paths(&device, spec.dtype).remove("conv")) {
+        found.note("path.conv", path);
+    }
     let threads = u32::try_from(job.threads).unwrap_or(u32::MAX);
     found.warnings.extend(conditions::between(&before, &Conditions::now(), threads));
     found.warnings.extend(harness::warnings(&measurement, &plan));
@@ -211,6 +220,10 @@ pub(crate) fn load(job: &Job, spec: &ModelSpec, plan: &Plan) -> Result<(Optimize
     let weights = Weights::open(&source, Models.aliases(spec), &spec.class, &plan::hub_options(offline))?;
     let session = Models.load(spec, &weights)?;
     weights.check_complete(ignore_extra)?;
+    let session = match job.slow_down {
+        Some(percent) => Box::new(Slowed { session, percent }),
+        None => session,
+    };
     Ok((Optimized::new(session, plan), weights))
 }
 

@@ -56,7 +56,7 @@ fn probe_gives_the_machine_with_its_ceilings() {
 fn help_teaches() {
     let folder = tempdir().unwrap();
     roofbench(folder.path(), ["--help"]).expect(0, &["Start with:", "Exit status"]);
-    for command in ["list", "probe", "run", "verify", "report"] {
+    for command in ["list", "probe", "run", "verify", "report", "compare", "merge"] {
         roofbench(folder.path(), [command, "--help"]).expect(0, &["Examples:", &format!("roofbench {command}")]);
     }
 }

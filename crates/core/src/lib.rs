@@ -4,12 +4,15 @@
 
 pub mod catalog;
 pub mod classify;
+pub mod compare;
 pub mod config;
 pub mod cost;
+pub mod embeddings;
 pub mod generation;
 pub mod hardware;
 pub mod harness;
 pub mod inputs;
+pub mod merge;
 pub mod meters;
 pub mod metrics;
 pub mod optimize;

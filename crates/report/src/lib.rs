@@ -9,6 +9,7 @@
 //! assert!(text.contains("| bert | not run |"));
 //! ```
 
+mod comparison;
 mod coverage;
 mod csv;
 mod format;
@@ -17,6 +18,7 @@ mod markdown;
 mod row;
 mod table;
 
+pub use comparison::{comparison_junit, comparison_markdown, comparison_table};
 pub use coverage::{CoverageRow, State, coverage, coverage_table};
 pub use csv::csv;
 pub use html::html;

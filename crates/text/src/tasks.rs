@@ -1,8 +1,10 @@
 //! What people do with a text model: sentence embeddings and how alike they are, words for masks, labels, generated
 //! texts.
 
-use candle_core::{D, DType, Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use roofbench_core::classify;
+use roofbench_core::embeddings;
+pub use roofbench_core::embeddings::{cosine_similarities, normalize};
 use roofbench_core::generation;
 use roofbench_core::session::{Call, ModelSpec, Session, SessionError, Tensors, Unobserved};
 use roofbench_core::task::{self, Answer, RawInputs, Task};
@@ -61,31 +63,6 @@ pub fn mean_pool(hidden: &Tensor, mask: &Tensor) -> candle_core::Result<Tensor> 
     let sum = mask.unsqueeze(1)?.matmul(hidden)?.squeeze(1)?; // (batch, width)
     let count = mask.sum_keepdim(1)?.maximum(1e-9)?; // (batch, 1)
     sum.broadcast_div(&count)
-}
-
-/// Rows of `x` (n, width) at unit Euclidean length; a row of zeros stays.
-///
-/// # Errors
-/// From candle.
-pub fn normalize(x: &Tensor) -> candle_core::Result<Tensor> {
-    let length = x.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?.maximum(1e-12)?;
-    x.broadcast_div(&length)
-}
-
-/// Cosine of the angle between every two rows of `x` (n, width): (n, n), in [-1, 1].
-///
-/// # Errors
-/// From candle.
-///
-/// ```
-/// use roofbench_text::{candle_core::{Device, Tensor}, tasks::cosine_similarities};
-/// let x = Tensor::new(&[[3f32, 0.], [3., 4.]], &Device::Cpu)?;
-/// assert_eq!(cosine_similarities(&x)?.to_vec2::<f32>()?, [[1., 0.6], [0.6, 1.]]);
-/// # Ok::<_, roofbench_text::candle_core::Error>(())
-/// ```
-pub fn cosine_similarities(x: &Tensor) -> candle_core::Result<Tensor> {
-    let x = normalize(x)?;
-    x.matmul(&x.t()?)
 }
 
 /// A word, and how likely a masked language model takes it to be.
@@ -236,7 +213,7 @@ impl Task for TextTask {
             }
             (_, Some(hidden), Some(mask)) if names.len() > 1 && hidden.rank() == 3 => {
                 let pooled = mean_pool(&hidden.to_dtype(DType::F32)?, mask)?;
-                Some(similarities_table(&names, &cosine_similarities(&pooled)?.to_vec2()?))
+                Some(embeddings::table(&names, &pooled)?)
             }
             _ => None,
         };
@@ -252,19 +229,8 @@ impl TextTask {
     }
 }
 
-/// Cosine similarities between all of `names`.
-fn similarities_table(names: &[String], similarities: &[Vec<f32>]) -> Answer {
-    let numbers: Vec<String> = (1..=names.len()).map(|n| n.to_string()).collect();
-    let header = ["".to_owned(), "cosine similarity".to_owned()].into_iter().chain(numbers.iter().cloned()).collect();
-    let rows = numbers.iter().zip(names).zip(similarities).map(|((number, name), row)| {
-        let cells = row.iter().map(|similarity| format!("{similarity:.4}"));
-        [number.clone(), name.clone()].into_iter().chain(cells).collect()
-    });
-    Answer::Table { header, rows: rows.collect() }
-}
-
-/// The likeliest words at each mask; nothing where no text has one.
-fn fillings_table(names: &[String], fillings: &[Vec<Vec<Filling>>]) -> Option<Answer> {
+/// The likeliest words at each mask of [`fill_mask`]; nothing where no text has one.
+pub fn fillings_table(names: &[String], fillings: &[Vec<Vec<Filling>>]) -> Option<Answer> {
     let mut rows = Vec::new();
     for (name, masks) in names.iter().zip(fillings) {
         let of_masks = masks.iter().enumerate().flat_map(|(mask, words)| {
@@ -289,7 +255,6 @@ mod tests {
         let nothing = Tensor::zeros((1, 2), DType::I64, &Device::Cpu)?;
         let pooled = mean_pool(&hidden, &nothing)?;
         assert_eq!(pooled.to_vec2::<f32>()?, [[0.; 3]]);
-        assert_eq!(normalize(&pooled)?.to_vec2::<f32>()?, [[0.; 3]]);
         Ok(())
     }
 }

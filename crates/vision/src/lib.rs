@@ -50,6 +50,7 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 
 pub mod detection;
+mod draw;
 pub mod image_io;
 pub mod models;
 pub mod preprocess;
@@ -95,9 +96,11 @@ pub fn optimizations(family: &str) -> Vec<&'static Optimization> {
     let common = || optimize::COMMON.iter().copied();
     match family {
         // maps and kernels alone
-        "resnet" => vec![&optimize::PACKED_WEIGHTS, &optimize::PINNED_THREADS],
+        "resnet" => vec![&optimize::PACKED_WEIGHTS, &optimize::WINOGRAD, &optimize::PINNED_THREADS],
         "convnext" => common().filter(|optimization| optimization.name != optimize::FUSED_ATTENTION.name).collect(),
         "vit" => common().chain([&vit::CLASS_TOKEN_ONLY]).collect(),
+        // a backbone of ResNet, a neck
+        "detr" | "sam" => common().chain([&optimize::WINOGRAD]).collect(),
         family if FAMILIES.contains(&family) => common().collect(),
         _ => Vec::new(),
     }
@@ -141,8 +144,9 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
             Err(unsupported_engine(family, "candle-transformers has no such model; run it without --engine"))
         }
         ("sam", Engine::Roofbench) => Ok(Box::new(sam::SamModel::load(spec, vb)?)),
+        ("sam", Engine::CandleTransformers) => Ok(Box::new(upstream::sam::StockSam::load(spec, vb)?)),
         ("dinov2", Engine::Roofbench) => Ok(Box::new(dinov2::Dinov2Model::load(spec, vb)?)),
-        (family @ ("sam" | "dinov2"), Engine::CandleTransformers) => Err(upstream::other_names(family)),
+        ("dinov2", Engine::CandleTransformers) => Ok(Box::new(upstream::dinov2::StockDinov2::load(spec, vb)?)),
         (family, _) => Err(unknown_family(family)),
     }
 }

@@ -19,7 +19,6 @@ use serde_json::json;
 
 use crate::commands::run;
 use crate::job::Job;
-use crate::models::engine_name;
 use crate::optimized;
 use crate::plan;
 use crate::worker::{self, Found};
@@ -67,7 +66,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let flops: u64 = session.cost(&call)?.iter().map(|phase| phase.cost.flops).sum();
     let versions = BTreeMap::from([("roofbench", env!("CARGO_PKG_VERSION"))]);
     answer(&json!({
-        "ready": engine_name(job.engine),
+        "ready": job.engine.name(),
         "versions": versions,
         "flops": flops,
         "errors": errors,

@@ -65,6 +65,18 @@ pub struct Machine {
     pub peaks: Option<Peaks>,
 }
 
+impl Machine {
+    /// What tells machines apart, in words: `AMD EPYC, 2 usable CPUs, 24 GiB, Debian GNU/Linux 12 (bookworm)`.
+    ///
+    /// Memory is rounded, because what a system keeps for itself changes with its kernel.
+    pub fn name(&self) -> String {
+        let memory = self.memory.total_bytes.map(|bytes| format!("{:.0} GiB", bytes as f64 / f64::from(1 << 30)));
+        let cpu = [self.cpu.model.clone(), format!("{} usable CPUs", self.cpu.usable_threads)];
+        let gpus = self.gpus.iter().map(|gpu| gpu.name.clone());
+        cpu.into_iter().chain(memory).chain(gpus).chain([self.os.name.clone()]).collect::<Vec<_>>().join(", ")
+    }
+}
+
 /// CPU facts. What could not be found is absent.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Cpu {

@@ -232,6 +232,18 @@ impl PackedMatrix {
         Ok(Self { isa, n, k, panels })
     }
 
+    /// The instruction set that it is packed for.
+    pub(super) fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// Weight (row, i), where they are in f32.
+    pub(super) fn elements(&self) -> Option<impl Fn(usize, usize) -> f32 + Sync> {
+        let Panels::F32(panels) = &self.panels else { return None };
+        let (width, k) = (panel_width(self.isa), self.k);
+        Some(move |row: usize, i: usize| panels[(row / width * k + i) * width + row % width])
+    }
+
     /// Columns of C: rows of the weights.
     pub fn n(&self) -> usize {
         self.n
@@ -332,7 +344,7 @@ pub(super) fn panel_width(isa: Isa) -> usize {
 }
 
 /// Panels of the elements (row, i) that `element` gives for rows below n.
-fn pack_panels<T: Copy + Default + Send + Sync>(
+pub(super) fn pack_panels<T: Copy + Default + Send + Sync>(
     element: impl Fn(usize, usize) -> T + Sync,
     n: usize,
     k: usize,
@@ -858,6 +870,22 @@ pub(super) struct Out {
     pub(super) staged: Option<*mut f32>,
 }
 
+impl Out {
+    /// The sums alone, at `staged`.
+    pub(super) fn bare(staged: *mut f32) -> Self {
+        Self {
+            c: staged,
+            stride: 0,
+            add: false,
+            bias: None,
+            residual: None,
+            relu: false,
+            activation_last: false,
+            staged: Some(staged),
+        }
+    }
+}
+
 /// `M` rows of one panel over `steps` of k.
 struct Tile<'a, E, const M: usize> {
     a: *const f32,
@@ -868,8 +896,18 @@ struct Tile<'a, E, const M: usize> {
 }
 
 /// Runs the tile of `height` rows.
+///
+/// # Safety
+/// The CPU has `S`; `height` rows of `steps` lie `stride` apart at `a`, as many of a panel at `b`, and `out` has room.
 #[inline(always)]
-unsafe fn tile<S: Simd, E: Element>(height: usize, a: *const f32, stride: usize, b: *const E, steps: usize, out: &Out) {
+pub(super) unsafe fn tile<S: Simd, E: Element>(
+    height: usize,
+    a: *const f32,
+    stride: usize,
+    b: *const E,
+    steps: usize,
+    out: &Out,
+) {
     macro_rules! heights {
         ($($m:literal)*) => {
             match height {
