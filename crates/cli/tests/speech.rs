@@ -2,7 +2,6 @@
 
 #![cfg(feature = "speech")]
 
-#[allow(dead_code, reason = "shared with the other tests")]
 mod support;
 
 use std::fs;

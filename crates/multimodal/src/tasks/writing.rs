@@ -35,7 +35,7 @@ enum Kind {
         /// The language model has an encoder for the text.
         encodes: bool,
         /// Reads the instruction for the Q-Former, in InstructBLIP.
-        instructions: Option<Tokenizer>,
+        instructions: Option<Box<Tokenizer>>,
     },
     /// Goes on behind a chat with places for pictures.
     Llava { image_token: i64, patches: usize, template: ChatTemplate },
@@ -94,7 +94,7 @@ pub(super) fn task(mut given: Given, weights: &Weights) -> Result<Box<dyn Task>,
                 image_token: number("image_token_index").or(number("image_token_id")).unwrap_or(-1),
                 queries: number("num_query_tokens").unwrap_or(32).max(0) as usize,
                 encodes,
-                instructions: instructions.transpose()?,
+                instructions: instructions.transpose()?.map(Box::new),
             }
         }
     };
