@@ -124,15 +124,7 @@ pub fn synthetic(
     class: &str,
     config: &Value,
 ) -> std::result::Result<(Box<dyn Session>, Weights), SessionError> {
-    let spec = ModelSpec {
-        family: family.to_owned(),
-        class: class.to_owned(),
-        config: config.clone(),
-        extra_configs: BTreeMap::new(),
-        dtype: DType::F32,
-        device: Device::Cpu,
-        engine: Engine::Roofbench,
-    };
+    let spec = ModelSpec::new(family, class, config.clone());
     let models: &dyn reference::Models = &Models;
     let source = Source::Synthetic { seed: 0 };
     let weights = Weights::open(&source, models.aliases(&spec), class, &HubOptions::from_env())?;

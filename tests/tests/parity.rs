@@ -1,13 +1,18 @@
 //! Every reference case of the families that run: outputs within the case's own tolerance, and exactly its tensors read.
 
-use roofbench_core::reference::{Kind, Setting, find};
+use roofbench_core::reference::{Case, Kind, Setting, find};
+use roofbench_nn::options::{self, Options, Winograd};
 use roofbench_tests::{Models, cases, families, fixtures};
 
 /// Runs the cases of `kind`; how many there were.
 fn check(kind: Kind) -> usize {
+    check_all(cases(kind), kind)
+}
+
+fn check_all(cases: impl IntoIterator<Item = Case>, kind: Kind) -> usize {
     let mut count = 0;
     let mut wrong = Vec::new();
-    for case in cases(kind) {
+    for case in cases {
         let folder = &case.folder;
         count += 1;
         match case.run(&Models, &Setting::default()) {
@@ -28,6 +33,17 @@ fn check(kind: Kind) -> usize {
 #[test]
 fn models_agree_with_transformers() {
     assert!(check(Kind::Model) >= families().count());
+}
+
+/// The families that have such convolutions; the cases are too small for a timing, which would leave them direct.
+#[test]
+fn models_agree_by_either_form_of_winograd() {
+    for winograd in [Winograd::Two, Winograd::Four] {
+        let families = ["resnet", "detr", "sam", "flava"];
+        let cases = cases(Kind::Model).filter(|case| families.contains(&case.family.as_str()));
+        let options = Options { winograd, ..Options::default() };
+        assert!(options::with(options, || check_all(cases, Kind::Model)) >= families.len());
+    }
 }
 
 #[test]

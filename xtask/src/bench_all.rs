@@ -36,7 +36,8 @@ Examples:
   cargo xtask bench-all --modality vision
   cargo xtask bench-all --memory 8GB --budget 20m
                                              what of each family fits in both, by `roofbench plan`
-  cargo xtask bench-all --family bert --family vit --output target/two")]
+  cargo xtask bench-all --family bert --family vit --output target/two
+  cargo xtask bench-all --shard 2/4          the second of four parts, for a fleet (docs/fleet.md)")]
 pub(crate) struct Arguments {
     /// A first look: the first cell of each family, fewer samples
     #[arg(long)]
@@ -53,7 +54,10 @@ pub(crate) struct Arguments {
     /// Chooses checkpoints and cells so that about this time is enough: 90s, 20m, 2h
     #[arg(long, value_name = "TIME")]
     budget: Option<String>,
-    /// Folder of records and reports [default: bench-all in cargo's target folder]
+    /// Only part I of N of the cells, always the same ones; `roofbench merge` joins the records of all parts
+    #[arg(long, value_name = "I/N", value_parser = shard)]
+    shard: Option<Shard>,
+    /// Folder of records and reports [default: bench-all in cargo's target folder, and a folder per shard in it]
     #[arg(long, value_name = "DIR")]
     output: Option<PathBuf>,
     /// Most time of one cell, loading included, in seconds
@@ -62,6 +66,29 @@ pub(crate) struct Arguments {
     /// Starts anew: earlier records are moved to records.old.jsonl
     #[arg(long)]
     fresh: bool,
+}
+
+/// A part of the cells.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Shard {
+    /// From 1 on.
+    number: usize,
+    of: usize,
+}
+
+impl Shard {
+    /// Every N-th cell, so that the large cells of a family, which follow each other, go to several.
+    fn part<T>(self, cells: Vec<T>) -> Vec<T> {
+        cells.into_iter().skip(self.number - 1).step_by(self.of).collect()
+    }
+}
+
+fn shard(text: &str) -> Result<Shard, String> {
+    let parsed = text.split_once('/').and_then(|(number, of)| Some((number.parse().ok()?, of.parse().ok()?)));
+    match parsed {
+        Some((number, of)) if (1..=of).contains(&number) => Ok(Shard { number, of }),
+        _ => Err("expected I/N with I from 1 to N, such as 2/4".to_owned()),
+    }
 }
 
 fn modality(text: &str) -> Result<Modality, String> {
@@ -116,9 +143,10 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     eprintln!("building roofbench in release mode");
     let program = process::build_cli()?;
     let built = fs::metadata(&program).and_then(|data| data.modified()).context("looking at the program")?;
-    let folder = match &arguments.output {
-        Some(folder) => folder.clone(),
-        None => process::target()?.join("bench-all"),
+    let folder = match (&arguments.output, arguments.shard) {
+        (Some(folder), _) => folder.clone(),
+        (None, None) => process::target()?.join("bench-all"),
+        (None, Some(Shard { number, of })) => process::target()?.join(format!("bench-all/shard-{number}-of-{of}")),
     };
     fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
     let path = folder.join("records.jsonl");
@@ -132,7 +160,10 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let runnable = runnable(&program)?;
     let (runnable, missing): (Vec<&Family>, Vec<&Family>) =
         families.iter().partition(|family| runnable.contains(&family.name));
-    let (plan, left_out) = plan(arguments, &program, &runnable)?;
+    let (mut plan, left_out) = plan(arguments, &program, &runnable)?;
+    if let Some(shard) = arguments.shard {
+        plan = shard.part(plan);
+    }
     let earlier = if path.exists() { record::read(&path)? } else { record::ReadOutcome::default() };
     for problem in &earlier.problems {
         eprintln!("warning: {problem}");
@@ -163,7 +194,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     for LeftOut { family, skipped } in &left_out {
         records.extend(bench.skipped(catalog::family(family)?, skipped));
     }
-    report(&folder, &records, &plan)?;
+    report(&folder, &records, &plan, arguments.shard.is_some())?;
     if interrupted {
         eprintln!("interrupted: what was measured is kept, and the same command (without --fresh) goes on from here");
         return Ok(ExitCode::from(INTERRUPTED));
@@ -189,7 +220,7 @@ fn families(arguments: &Arguments) -> anyhow::Result<Vec<&'static Family>> {
 }
 
 /// The families that `program` has models of.
-fn runnable(program: &Path) -> anyhow::Result<Vec<String>> {
+pub(crate) fn runnable(program: &Path) -> anyhow::Result<Vec<String>> {
     /// A line of `roofbench list --json`.
     #[derive(Deserialize)]
     struct Listed {
@@ -254,12 +285,17 @@ fn still_holds(record: &Record, build: &Build, built: SystemTime) -> bool {
 }
 
 /// The table of all families, and the two pages.
-fn report(folder: &Path, records: &[Record], plan: &[Planned]) -> anyhow::Result<()> {
+fn report(folder: &Path, records: &[Record], plan: &[Planned], sharded: bool) -> anyhow::Result<()> {
     let names: Vec<&str> = catalog::families().iter().map(|family| family.name.as_str()).collect();
     let mut rows = roofbench_report::coverage(records, &names);
     for row in rows.iter_mut().filter(|row| row.state == State::NotRun) {
         let planned = plan.iter().any(|cell| cell.family == row.family);
-        row.reasons.push(if planned { "interrupted before it" } else { "not among the families asked for" }.to_owned());
+        let reason = match (planned, sharded) {
+            (true, _) => "interrupted before it",
+            (false, true) => "not in this shard",
+            (false, false) => "not among the families asked for",
+        };
+        row.reasons.push(reason.to_owned());
     }
     show(&roofbench_report::coverage_table(&rows))?;
     let pages = [
@@ -453,6 +489,16 @@ mod tests {
             arguments: Arguments,
         }
         <Line as clap::Parser>::try_parse_from(std::iter::once(&"x").chain(words)).unwrap().arguments
+    }
+
+    #[test]
+    fn shards_are_a_partition() {
+        let parts: Vec<Vec<u32>> = (1..=3).map(|i| shard(&format!("{i}/3")).unwrap().part((0..8).collect())).collect();
+        assert_eq!(parts, [vec![0, 3, 6], vec![1, 4, 7], vec![2, 5]]);
+        assert_eq!(arguments(&["--shard", "2/4"]).shard, Some(Shard { number: 2, of: 4 }));
+        for wrong in ["0/4", "5/4", "1", "a/2", "1/0", ""] {
+            assert!(shard(wrong).unwrap_err().contains("2/4"), "{wrong}");
+        }
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Documents that code can produce: the table of models, and the schema of records.
+//! Documents that code can produce: the table of models, the schema of records, and the table of a study.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -7,7 +7,7 @@ use anyhow::{Context, bail};
 use roofbench_core::catalog::{self, Modality};
 use roofbench_core::record;
 
-use crate::process;
+use crate::{process, study};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -22,7 +22,11 @@ pub(crate) struct Arguments {
 /// A file can't be read or written; with `--check`, one is out of date.
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let docs = process::root().join("docs");
-    for (name, text) in [("models.md", models()?), ("record.schema.json", record::schema_text())] {
+    for (name, text) in [
+        ("models.md", models()?),
+        ("record.schema.json", record::schema_text()),
+        ("methodology.md", study::methodology()?),
+    ] {
         update(&docs.join(name), &text, arguments.check)?;
     }
     Ok(())

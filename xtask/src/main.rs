@@ -5,8 +5,10 @@ mod checkpoint;
 mod ci;
 mod docs;
 mod peers;
+mod platforms;
 mod process;
 mod sanitize;
+mod study;
 mod tidy;
 
 use std::process::ExitCode;
@@ -28,12 +30,16 @@ enum Task {
     Checkpoint,
     /// Runs exactly what a crate's CI job runs
     Ci(ci::Arguments),
-    /// Writes the generated documents: docs/models.md and docs/record.schema.json
+    /// Writes the generated documents: docs/models.md, docs/record.schema.json and the study in docs/methodology.md
     Docs(docs::Arguments),
     /// Runs our cells and those of PyTorch, ONNX Runtime, OpenVINO and candle-transformers in alternation
     Peers(peers::Arguments),
+    /// Tries other platforms from a Linux machine: Arm under qemu, Windows under Wine, CUDA without a GPU, Metal
+    Platforms(platforms::Arguments),
     /// Runs the kernels' tests under AddressSanitizer
     Sanitize,
+    /// Finds out how often comparisons are wrong, by comparing the program with itself, and slowed down
+    Study(study::Arguments),
     /// Checks what the compiler can't: crate edges, homes of libraries, unsafe code, the catalog's rows
     Tidy,
 }
@@ -45,7 +51,9 @@ fn main() -> ExitCode {
         Task::Ci(arguments) => ci::run(&arguments).map(|()| ExitCode::SUCCESS),
         Task::Docs(arguments) => docs::run(&arguments).map(|()| ExitCode::SUCCESS),
         Task::Peers(arguments) => peers::run(&arguments),
+        Task::Platforms(arguments) => platforms::run(&arguments),
         Task::Sanitize => sanitize::run().map(|()| ExitCode::SUCCESS),
+        Task::Study(arguments) => study::run(&arguments),
         Task::Tidy => tidy::run().map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {

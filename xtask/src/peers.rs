@@ -18,7 +18,7 @@ use roofbench_core::meters::clock;
 use roofbench_core::stats;
 use serde::{Deserialize, Serialize};
 
-use crate::process;
+use crate::{bench_all, process};
 
 /// Nanoseconds that one engine runs for in one round.
 const BURST_NS: u64 = 700_000_000;
@@ -118,7 +118,8 @@ impl Engine {
 /// Compares, and writes the results.
 ///
 /// # Errors
-/// Python or its packages are not to be had, or our own side fails. A peer that can't run a cell is told and left out.
+/// Python or its packages are not to be had. A peer that can't run a cell is told and left out; a cell that we can't run is
+/// told, and the exit status says so.
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let python = environment()?;
     let binary = process::build_cli()?;
@@ -146,13 +147,22 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     }
     machine.peaks = Some(peaks);
     let families = match arguments.families.as_slice() {
-        [] => runnable(&binary)?,
-        names => names.iter().map(|name| Ok(catalog::family(name)?)).collect::<anyhow::Result<_>>()?,
+        [] => bench_all::runnable(&binary)?,
+        names => names.to_vec(),
     };
+    let families = families.iter().map(|name| Ok(catalog::family(name)?)).collect::<anyhow::Result<Vec<_>>>()?;
+    let mut failed = false;
     let cells = families.iter().flat_map(|family| family.cells.iter().map(move |cell| (*family, cell)));
     for (family, cell) in cells.filter(|(_, cell)| cell.name.contains(&arguments.cell)) {
         let label = format!("{}/{}", family.name, cell.name);
-        let (result, versions) = compare(arguments, &python, &binary, threads, family, cell)?;
+        let (result, versions) = match compare(arguments, &python, &binary, threads, family, cell) {
+            Ok(compared) => compared,
+            Err(error) => {
+                eprintln!("{label}: {error:#}");
+                failed = true;
+                continue;
+            }
+        };
         results.versions.extend(versions);
         show(&label, &result);
         results.cells.insert(label, result);
@@ -160,7 +170,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         fs::write(&file, serde_json::to_string_pretty(&results)? + "\n")?;
     }
     write_page()?;
-    Ok(ExitCode::SUCCESS)
+    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
 fn compare(
@@ -257,15 +267,6 @@ fn show(label: &str, result: &CellResult) {
     }
 }
 
-/// Families that the binary runs, by its own word.
-fn runnable(binary: &Path) -> anyhow::Result<Vec<&'static Family>> {
-    let text = process::output(Command::new(binary).args(["list", "--json"]))?;
-    let list: serde_json::Value = serde_json::from_str(&text).context("reading `roofbench list --json`")?;
-    let rows = list.as_array().context("`roofbench list --json` is a list")?;
-    let names = rows.iter().filter(|row| row["runs"] == true).filter_map(|row| row["name"].as_str());
-    names.map(|name| Ok(catalog::family(name)?)).collect()
-}
-
 /// The Python of an environment that has the pinned packages.
 fn environment() -> anyhow::Result<PathBuf> {
     let requirements = process::root().join("xtask/peers/requirements.txt");
@@ -329,7 +330,8 @@ Made by `cargo xtask peers`, which runs our cells and those of the peers in alte
 inputs, same threads, same precision, one process each, the others asleep. A round runs every engine for about 0.7 s; the
 ratio is *their time over ours* within a round, so above 1 we are faster; its median over the rounds is shown with a
 bootstrap 95 % interval. `error` is the largest difference from our outputs over the largest value. `of peak` is the analytic
-FLOPs over our time, as a share of the machine's measured f32 peak on as many threads.
+FLOPs over our time, as a share of the machine's measured f32 peak on as many threads. [Kernels](kernels.md) shows each
+kernel by itself.
 ";
 
 fn section(text: &mut String, results: &Results) -> anyhow::Result<()> {

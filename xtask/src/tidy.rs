@@ -48,17 +48,25 @@ const EDGES: [(&str, &[&str]); 10] = [
 ];
 
 /// Libraries that belong to some crates alone, so that the others build without them.
-const HOMES: [(&str, &[&str]); 12] = [
+const HOMES: &[(&str, &[&str])] = &[
     ("nvml-wrapper", &["roofbench-core"]),
     ("sysinfo", &["roofbench-core"]),
     ("hf-hub", &["roofbench-core"]),
     ("gemm", &["roofbench-nn"]),
     ("tokenizers", &["roofbench-text", "roofbench-speech"]),
     ("image", &["roofbench-vision"]),
+    ("font8x8", &["roofbench-vision"]),
     ("symphonia", &["roofbench-speech"]),
+    ("hound", &["roofbench-speech"]),
+    ("prost", &["roofbench-speech"]),
     ("realfft", &["roofbench-speech"]),
     ("rubato", &["roofbench-speech"]),
     ("plotters", &["roofbench-report"]),
+    ("alphanumeric-sort", &["roofbench-multimodal"]),
+    ("minijinja", &["roofbench-multimodal"]),
+    ("minijinja-contrib", &["roofbench-multimodal"]),
+    ("quick-junit", &["roofbench-report"]),
+    ("statrs", &["roofbench-core"]),
     ("clap", &["roofbench-cli", "xtask"]),
     ("anyhow", &["roofbench-cli", "xtask"]),
 ];

@@ -13,6 +13,12 @@ use serde::{Deserialize, Serialize};
 pub(crate) const EXIT_FAILED: u8 = 1;
 /// Exit status when a command could not start: usage, or a file, folder or device named in it.
 pub(crate) const EXIT_USAGE: u8 = 2;
+/// Exit status of a comparison that found a slow-down.
+pub(crate) const EXIT_SLOWER: u8 = 1;
+/// Exit status of a comparison that can't tell.
+pub(crate) const EXIT_UNDECIDED: u8 = 2;
+/// Exit status of a comparison that could not be made: [`EXIT_USAGE`] means something else there (`EX_USAGE` of sysexits.h).
+pub(crate) const EXIT_NO_COMPARISON: u8 = 64;
 /// Exit status after Ctrl-C, as shells expect it.
 pub(crate) const EXIT_INTERRUPTED: u8 = 130;
 
@@ -118,7 +124,7 @@ impl DeviceArg {
             Self::Cuda(index) => Device::new_cuda(index),
             Self::Metal => Device::new_metal(0),
         }
-        .with_context(|| format!("--device {self}: not on this machine (`roofbench probe` lists its GPUs)"))
+        .with_context(|| format!("--device {self} can't be used (`roofbench probe` lists this machine's GPUs)"))
     }
 
     /// An error when this build can't use the device.

@@ -10,6 +10,7 @@ use roofbench_core::harness::Plan;
 use roofbench_core::optimize::Switch;
 use roofbench_core::record::Record;
 use roofbench_core::session::Engine;
+use roofbench_core::task::RawInputs;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -35,7 +36,7 @@ pub(crate) struct Job {
     /// What to call.
     pub(crate) cell: Cell,
     /// Raw inputs in place of the cell's drawn ones.
-    pub(crate) raw: Option<RawInput>,
+    pub(crate) raw: Option<RawInputs>,
     /// What runs it.
     pub(crate) engine: Engine,
     /// Type of weights.
@@ -52,6 +53,8 @@ pub(crate) struct Job {
     pub(crate) weights: WeightsJob,
     /// Seed of drawn inputs.
     pub(crate) seed: u64,
+    /// Per cent by which each call is made slower, to be found by a comparison.
+    pub(crate) slow_down: Option<f64>,
     /// When to stop.
     pub(crate) sampling: Sampling,
     /// What follows the samples.
@@ -106,16 +109,6 @@ pub(crate) enum WeightsJob {
         /// Tensors that the model never asks for are no error.
         ignore_extra: bool,
     },
-}
-
-/// Real inputs, prepared by the checkpoint's own tokenizer or image processor.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub(crate) enum RawInput {
-    /// Sentences, one batch.
-    Texts(Vec<String>),
-    /// Picture files, one batch.
-    Images(Vec<PathBuf>),
 }
 
 /// When warm-up and sampling end; see [`Plan`].

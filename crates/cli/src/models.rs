@@ -1,15 +1,14 @@
 //! Which crate runs a family: the one place that knows.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
-use candle_core::{Device, Tensor};
 use roofbench_core::cost::Outline;
 use roofbench_core::hardware::Machine;
 use roofbench_core::optimize::{Model, Optimization, Plan};
 use roofbench_core::record::Build;
 use roofbench_core::reference;
-use roofbench_core::session::{Call, Engine, ModelSpec, Processor, Session, SessionError, Tensors};
+use roofbench_core::session::{Call, ModelSpec, Processor, Session, SessionError};
+use roofbench_core::task::{RawInputs, Task};
 use roofbench_core::weights::{AliasRule, Weights};
 use serde_json::Value;
 
@@ -23,6 +22,8 @@ struct Modality {
     optimizations: fn(&str) -> Vec<&'static Optimization>,
     optimize: fn(&Machine, &Model) -> Plan,
     processor: Option<ProcessorOf>,
+    raw_inputs: fn(&str) -> &'static [&'static str],
+    task: TaskOf,
 }
 
 /// Builds the model of a spec from its weights.
@@ -30,6 +31,9 @@ type Load = fn(&ModelSpec, &Weights) -> Result<Box<dyn Session>, SessionError>;
 
 /// Builds the processor of a family from the `*config.json` files of its repository.
 type ProcessorOf = fn(&str, &BTreeMap<String, Value>) -> Result<Box<dyn Processor>, SessionError>;
+
+/// Makes the task of a spec for raw inputs.
+type TaskOf = fn(&ModelSpec, &Weights, RawInputs) -> Result<Box<dyn Task>, SessionError>;
 
 /// The crates that this build has.
 const MODALITIES: &[Modality] = &[
@@ -43,6 +47,8 @@ const MODALITIES: &[Modality] = &[
         optimizations: |family| roofbench_text::optimizations(family).to_vec(),
         optimize: roofbench_text::apply_hardware_optimizations,
         processor: None,
+        raw_inputs: roofbench_text::raw_inputs,
+        task: roofbench_text::task,
     },
     #[cfg(feature = "vision")]
     Modality {
@@ -54,6 +60,8 @@ const MODALITIES: &[Modality] = &[
         optimizations: roofbench_vision::optimizations,
         optimize: roofbench_vision::apply_hardware_optimizations,
         processor: Some(roofbench_vision::processor),
+        raw_inputs: roofbench_vision::raw_inputs,
+        task: roofbench_vision::task,
     },
     #[cfg(feature = "speech")]
     Modality {
@@ -62,9 +70,11 @@ const MODALITIES: &[Modality] = &[
         aliases: roofbench_speech::aliases,
         load: roofbench_speech::load,
         cost: roofbench_speech::cost,
-        optimizations: |family| roofbench_speech::optimizations(family).to_vec(),
+        optimizations: roofbench_speech::optimizations,
         optimize: roofbench_speech::apply_hardware_optimizations,
         processor: Some(roofbench_speech::processor),
+        raw_inputs: roofbench_speech::raw_inputs,
+        task: roofbench_speech::task,
     },
     #[cfg(feature = "multimodal")]
     Modality {
@@ -73,9 +83,11 @@ const MODALITIES: &[Modality] = &[
         aliases: roofbench_multimodal::aliases,
         load: roofbench_multimodal::load,
         cost: roofbench_multimodal::cost,
-        optimizations: |family| roofbench_multimodal::optimizations(family).to_vec(),
+        optimizations: roofbench_multimodal::optimizations,
         optimize: roofbench_multimodal::apply_hardware_optimizations,
         processor: Some(roofbench_multimodal::processor),
+        raw_inputs: roofbench_multimodal::raw_inputs,
+        task: roofbench_multimodal::task,
     },
 ];
 
@@ -145,102 +157,18 @@ fn not_here(family: &str) -> SessionError {
     }
 }
 
-/// The name of an engine as records and flags spell it.
-pub(crate) fn engine_name(engine: Engine) -> &'static str {
-    match engine {
-        Engine::Roofbench => "roofbench",
-        Engine::CandleTransformers => "candle-transformers",
-    }
+/// The kinds of raw inputs that `family` takes: `text`, `image`, `audio`.
+pub(crate) fn raw_inputs(family: &str) -> &'static [&'static str] {
+    modality(family).map_or(&[], |modality| (modality.raw_inputs)(family))
 }
 
-/// Turns `texts` into `input_ids` and their masks, by a checkpoint's `tokenizer.json`.
+/// What people use the checkpoint of `spec` for, with the raw inputs that they gave.
 ///
 /// # Errors
-/// The file can't be read; or this build has no text models.
-pub(crate) fn encoder(
-    family: &str,
-    tokenizer: &Path,
-    texts: &[String],
-    device: &Device,
-) -> Result<Box<dyn Fn() -> Result<Tensors, SessionError>>, SessionError> {
-    #[cfg(feature = "text")]
-    return {
-        let tokenizer = roofbench_text::tokenize::Tokenizer::from_file(tokenizer)?;
-        let (texts, device) = (texts.to_vec(), device.clone());
-        // decoders and encoder-decoders have no segments
-        let has_segments = family == "bert";
-        Ok(Box::new(move || {
-            let mut tensors = tokenizer.encode(&texts, &device)?;
-            if !has_segments {
-                tensors.remove("token_type_ids");
-            }
-            Ok(tensors)
-        }))
-    };
-    #[cfg(not(feature = "text"))]
-    return Err(SessionError::File {
-        path: tokenizer.to_owned(),
-        reason: format!(
-            "this build reads no text ({} for {family} on {device:?}); build it with --features text",
-            texts.len()
-        ),
-    });
-}
-
-/// A word and its probability.
-pub(crate) type Filling = (String, f32);
-
-/// What stands at each mask of the texts, the likeliest words first, by the scores of a masked language model.
-///
-/// # Errors
-/// The tokenizer's file can't be read, or shapes don't fit; or this build has no text models.
-pub(crate) fn fillings(
-    tokenizer: &Path,
-    input_ids: &Tensor,
-    logits: &Tensor,
-    top: usize,
-) -> Result<Vec<Vec<Vec<Filling>>>, SessionError> {
-    #[cfg(feature = "text")]
-    return {
-        let tokenizer = roofbench_text::tokenize::Tokenizer::from_file(tokenizer)?;
-        roofbench_text::tasks::fill_mask(&tokenizer, input_ids, logits, top)
-    };
-    #[cfg(not(feature = "text"))]
-    return Err(SessionError::File {
-        path: tokenizer.to_owned(),
-        reason: format!("this build reads no text ({input_ids}, {logits}, {top})"),
-    });
-}
-
-/// The texts of generated `sequences` (texts, tokens) from token `start` on.
-///
-/// # Errors
-/// The tokenizer's file can't be read; or this build has no text models.
-pub(crate) fn texts(tokenizer: &Path, sequences: &Tensor, start: usize) -> Result<Vec<String>, SessionError> {
-    #[cfg(feature = "text")]
-    return {
-        let tokenizer = roofbench_text::tokenize::Tokenizer::from_file(tokenizer)?;
-        roofbench_text::tasks::generated(&tokenizer, sequences, start)
-    };
-    #[cfg(not(feature = "text"))]
-    return Err(SessionError::File {
-        path: tokenizer.to_owned(),
-        reason: format!("this build reads no text ({sequences} from {start})"),
-    });
-}
-
-/// Cosine similarities (texts, texts) of the mean over tokens of `hidden` (texts, seq, hidden).
-///
-/// # Errors
-/// Shapes that don't fit; or this build has no text models.
-pub(crate) fn similarities(hidden: &Tensor, mask: &Tensor) -> candle_core::Result<Tensor> {
-    #[cfg(feature = "text")]
-    return {
-        use roofbench_text::tasks::{cosine_similarities, mean_pool};
-        cosine_similarities(&mean_pool(&hidden.to_dtype(candle_core::DType::F32)?, mask)?)
-    };
-    #[cfg(not(feature = "text"))]
-    candle_core::bail!("this build reads no text ({hidden}, {mask})");
+/// Inputs that the family has no use for, or files of the checkpoint that are missing or malformed.
+pub(crate) fn task(spec: &ModelSpec, weights: &Weights, raw: RawInputs) -> Result<Box<dyn Task>, SessionError> {
+    let modality = modality(&spec.family).ok_or_else(|| not_here(&spec.family))?;
+    (modality.task)(spec, weights, raw)
 }
 
 /// The build of this program.

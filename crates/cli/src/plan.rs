@@ -1,21 +1,22 @@
 //! From the flags of `roofbench run` to the cells that it measures: every combination, checked before anything runs.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail, ensure};
 use roofbench_core::catalog::{self, Cell, Detected, Family};
 use roofbench_core::hardware::Machine;
 use roofbench_core::optimize::{self, Optimization, Switch};
 use roofbench_core::session::Engine;
+use roofbench_core::task::RawInputs;
 use roofbench_core::weights::{HubOptions, Source, Weights};
 use roofbench_core::workload::InputSpec;
 use serde_json::Value;
 
 use crate::arguments::{DTypeArg, DeviceArg, WeightsArg};
 use crate::commands::run::Arguments;
-use crate::job::{After, Job, RawInput, Sampling, WeightsJob};
-use crate::models::{self, engine_name};
+use crate::job::{After, Job, Sampling, WeightsJob};
+use crate::{models, worker};
 
 /// A checkpoint with the family that it belongs to.
 struct Subject {
@@ -46,7 +47,7 @@ pub(crate) fn plan(arguments: &Arguments, machine: &Machine) -> anyhow::Result<V
     let engines: Vec<Engine> = arguments.engine.iter().map(|&engine| engine.into()).collect();
     let mut jobs = Vec::new();
     for subject in subjects(arguments)? {
-        let raw = raw_input(arguments, &subject)?;
+        let raw = raw_inputs(arguments, &subject)?;
         let standard: DTypeArg = subject.family.dtype.parse().unwrap_or(DTypeArg::F32);
         let dtypes = if arguments.dtype.is_empty() { &[standard][..] } else { &arguments.dtype };
         for cell in cells(arguments, &subject, raw.as_ref())? {
@@ -72,6 +73,7 @@ pub(crate) fn plan(arguments: &Arguments, machine: &Machine) -> anyhow::Result<V
                             switches: arguments.opt.clone(),
                             weights: subject.weights.clone(),
                             seed: arguments.seed,
+                            slow_down: arguments.slow_down,
                             sampling,
                             after: after(arguments),
                             machine: machine.clone(),
@@ -108,7 +110,7 @@ fn requested(
     let mut requested = BTreeMap::from([
         ("weights", weights),
         ("seed", arguments.seed.to_string()),
-        ("engine", engine_name(engine).to_owned()),
+        ("engine", engine.name().to_owned()),
         ("batch", cell.batch.to_string()),
         ("threads", threads.to_string()),
         ("dtype", dtype.name().to_owned()),
@@ -149,12 +151,16 @@ pub(crate) fn command(job: &Job) -> Vec<String> {
             _ => words.extend([format!("--{flag}"), value.clone()]),
         }
     }
-    match &job.raw {
-        Some(RawInput::Texts(texts)) => words.extend(texts.iter().flat_map(|text| ["--text".to_owned(), text.clone()])),
-        Some(RawInput::Images(paths)) => {
-            words.extend(paths.iter().flat_map(|path| ["--image".to_owned(), path.display().to_string()]));
-        }
-        None => {}
+    if let Some(raw) = &job.raw {
+        let paths = |paths: &[PathBuf]| paths.iter().map(|path| path.display().to_string()).collect();
+        let mut add = |flag: &str, values: Vec<String>| {
+            words.extend(values.into_iter().flat_map(|value| [format!("--{flag}"), value]));
+        };
+        add("text", raw.texts.clone());
+        add("image", paths(&raw.images));
+        add("audio", paths(&raw.audio));
+        add("arg", raw.arguments.iter().map(|(name, value)| format!("{name}={value}")).collect());
+        add("save", raw.save.iter().map(|path| path.display().to_string()).collect());
     }
     words
 }
@@ -314,6 +320,10 @@ fn known(arguments: &Arguments, family: &'static Family) -> anyhow::Result<Subje
             if !arguments.dry_run {
                 eprintln!("looking for {repository} in the Hub's cache, and fetching what is missing");
                 Weights::open(&source, &[], &checkpoint.class, &hub).context("--weights hub")?;
+                if let Some(vocoder) = family.vocoder.as_ref().filter(|_| repository == family.default_checkpoint) {
+                    let source = Source::Hub { repository: vocoder.clone(), revision: None };
+                    Weights::open(&source, &[], "", &hub).context("--weights hub: the vocoder")?;
+                }
             }
             WeightsJob::Hub { repository, revision, ignore_extra: arguments.ignore_extra_tensors }
         }
@@ -367,55 +377,57 @@ fn local(arguments: &Arguments, path: &Path) -> anyhow::Result<Subject> {
 }
 
 /// Real inputs, checked as far as they can be without a model.
-fn raw_input(arguments: &Arguments, subject: &Subject) -> anyhow::Result<Option<RawInput>> {
-    let family = &subject.family.name;
-    if !arguments.text.is_empty() {
-        ensure!(
-            subject.family.cells.iter().any(|cell| cell.inputs.contains_key("input_ids")),
-            "--text: {family} takes no text"
-        );
-        ensure!(
-            !matches!(subject.weights, WeightsJob::Synthetic { .. }),
-            "--text needs the checkpoint's tokenizer.json, which synthetic weights don't have; \
-             name a checkpoint's folder with --weights PATH, or use --weights hub"
-        );
-        return Ok(Some(RawInput::Texts(arguments.text.clone())));
+fn raw_inputs(arguments: &Arguments, subject: &Subject) -> anyhow::Result<Option<RawInputs>> {
+    let mut raw = RawInputs {
+        texts: arguments.text.clone(),
+        images: arguments.image.clone(),
+        audio: arguments.audio.clone(),
+        arguments: arguments.arg.iter().cloned().collect(),
+        save: arguments.save.as_ref().map(std::path::absolute).transpose().context("--save")?,
+    };
+    if raw.kinds().is_empty() {
+        ensure!(raw.arguments.is_empty(), "--arg is for --text, --image and --audio; standard cells have their own");
+        ensure!(raw.save.is_none(), "--save keeps what comes of --text, --image or --audio; give one of them");
+        return Ok(None);
     }
-    if !arguments.image.is_empty() {
-        ensure!(
-            subject.family.cells.iter().any(|cell| cell.inputs.contains_key("pixel_values")),
-            "--image: {family} takes no picture"
-        );
-        let mut paths = Vec::new();
-        for path in &arguments.image {
-            ensure!(path.is_file(), "--image {}: there is no such file", path.display());
-            paths.push(std::path::absolute(path).with_context(|| format!("--image {}", path.display()))?);
+    let (family, takes) = (&subject.family.name, models::raw_inputs(&subject.family.name));
+    for kind in raw.kinds() {
+        let what = match kind {
+            "image" => "picture",
+            "audio" => "sound",
+            _ => kind,
+        };
+        ensure!(takes.contains(&kind), "--{kind}: {family} takes no {what}");
+    }
+    ensure!(
+        raw.texts.is_empty() || !matches!(subject.weights, WeightsJob::Synthetic { .. }),
+        "--text needs the checkpoint's tokenizer.json, which synthetic weights don't have; \
+         name a checkpoint's folder with --weights PATH, or use --weights hub"
+    );
+    for (flag, paths) in [("--image", &mut raw.images), ("--audio", &mut raw.audio)] {
+        for path in paths {
+            ensure!(path.exists(), "{flag} {}: there is no such file", path.display());
+            *path = std::path::absolute(&path).with_context(|| format!("{flag} {}", path.display()))?;
         }
-        return Ok(Some(RawInput::Images(paths)));
     }
-    Ok(None)
+    Ok(Some(raw))
 }
 
 /// The cells of a subject: its family's standard ones at the batches asked for, or one of real inputs.
-fn cells(arguments: &Arguments, subject: &Subject, raw: Option<&RawInput>) -> anyhow::Result<Vec<Cell>> {
+fn cells(arguments: &Arguments, subject: &Subject, raw: Option<&RawInputs>) -> anyhow::Result<Vec<Cell>> {
     let standard = &subject.family.cells;
     if let Some(raw) = raw {
-        let (name, batch) = match raw {
-            RawInput::Texts(texts) => ("text", texts.len()),
-            RawInput::Images(paths) => ("image", paths.len()),
-        };
-        let generates = standard.first().is_some_and(|cell| cell.new_tokens.is_some());
-        let method = if generates { "generate" } else { "forward" };
-        // The worker fills in the inputs, whose shapes the tokenizer or the picture decides.
         let first = standard.first().with_context(|| format!("{} has no cells", subject.family.name))?;
-        let (batch, inputs) = (batch as u64, BTreeMap::new());
-        return Ok(vec![Cell { name: format!("{method}/{name}/b{batch}"), batch, inputs, ..first.clone() }]);
+        // The worker fills in the method, which the class decides, and the inputs, whose shapes the files decide.
+        let name = worker::raw_name(raw);
+        return Ok(vec![Cell { name, batch: raw.batch() as u64, inputs: BTreeMap::new(), ..first.clone() }]);
     }
+    let (_, default) = catalog::checkpoint(&subject.family.default_checkpoint)?;
     let mut cells: Vec<Cell> = Vec::new();
     for cell in standard {
         let batches = if arguments.batch.is_empty() { &[cell.batch][..] } else { &arguments.batch };
         for &batch in batches {
-            let cell = fitted(cell.with_batch(batch)?, &subject.config);
+            let cell = fitted(cell.with_batch(batch)?, &default.config, &subject.config);
             let label = format!("{}/{}", subject.family.name, cell.name);
             let wanted = arguments.cell.is_empty() || arguments.cell.iter().any(|pattern| pattern.is_match(&label));
             if wanted && cells.iter().all(|known| known.name != cell.name) {
@@ -426,18 +438,25 @@ fn cells(arguments: &Arguments, subject: &Subject, raw: Option<&RawInput>) -> an
     Ok(cells)
 }
 
-/// `cell` with pictures of the size that the config asks for, where it asks for one.
-fn fitted(mut cell: Cell, config: &Value) -> Cell {
-    let size = |key: usize| match &config["image_size"] {
-        Value::Array(sizes) => sizes.get(key).and_then(Value::as_u64),
-        size => size.as_u64(),
+/// `cell`, made for the config of the family's default checkpoint, with pictures as `config` asks for: a size is changed where
+/// it is the one that the default asks for.
+fn fitted(mut cell: Cell, default: &Value, config: &Value) -> Cell {
+    let asked = |config: &Value| {
+        let size = |axis: usize| match &config["image_size"] {
+            Value::Array(sizes) => sizes.get(axis).and_then(Value::as_u64),
+            size => size.as_u64(),
+        };
+        [config["num_channels"].as_u64(), size(0), size(1)]
     };
     if let Some(InputSpec::Floats { floats }) = cell.inputs.get_mut("pixel_values")
-        && let [_, channels, height, width] = &mut floats[..]
+        && let [_, sizes @ ..] = &mut floats[..]
+        && sizes.len() == 3
     {
-        for (dimension, wanted) in [(channels, config["num_channels"].as_u64()), (height, size(0)), (width, size(1))] {
-            if let Some(wanted) = wanted.and_then(|wanted| usize::try_from(wanted).ok()) {
-                *dimension = wanted;
+        for ((size, default), wanted) in sizes.iter_mut().zip(asked(default)).zip(asked(config)) {
+            if default.unwrap_or(*size as u64) == *size as u64
+                && let Some(wanted) = wanted.and_then(|wanted| usize::try_from(wanted).ok())
+            {
+                *size = wanted;
             }
         }
     }
@@ -448,4 +467,27 @@ fn fitted(mut cell: Cell, config: &Value) -> Cell {
 pub(crate) fn hub_options(offline: bool) -> HubOptions {
     let options = HubOptions::from_env();
     HubOptions { offline: offline || options.offline, ..options }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn pictures_have_the_size_that_another_config_asks_for() {
+        let of = |family: &str, config: Value| {
+            let family = catalog::family(family).unwrap();
+            let (_, default) = catalog::checkpoint(&family.default_checkpoint).unwrap();
+            match fitted(family.cells[0].clone(), &default.config, &config).inputs.remove("pixel_values") {
+                Some(InputSpec::Floats { floats }) => floats,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(of("vit", json!({"image_size": 384})), [1, 3, 384, 384]);
+        assert_eq!(of("vit", json!({"image_size": [32, 64], "num_channels": 1})), [1, 1, 32, 64]);
+        // the standard cell is at another size than the default's 518
+        assert_eq!(of("dinov2", json!({"image_size": 518})), [1, 3, 224, 224]);
+    }
 }

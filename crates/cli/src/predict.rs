@@ -117,6 +117,7 @@ fn job_of(record: &Record) -> anyhow::Result<Job> {
         switches: Vec::new(),
         weights: WeightsJob::Synthetic { seed: 0 },
         seed: 0,
+        slow_down: None,
         sampling: Sampling::standard(false),
         after: After::default(),
         requested: record.settings.requested.clone(),

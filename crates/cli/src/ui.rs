@@ -5,6 +5,7 @@ use std::io::{IsTerminal, Write};
 use indicatif::{ProgressBar, ProgressStyle};
 use roofbench_core::metrics;
 use roofbench_core::record::{Outcome, Record, StopRule};
+use roofbench_core::task::Answer;
 
 /// Writes `text` and a line end to standard output. A reader that went away (`| head`) is no error.
 ///
@@ -18,7 +19,8 @@ pub(crate) fn print(text: &str) -> std::io::Result<()> {
     }
 }
 
-/// An error with its causes in one message. A cause that the message before it tells already is left out.
+/// An error with its causes in one message, and the way out where it comes from a GPU's driver. A cause that the message
+/// before it tells already is left out.
 pub(crate) fn chain(error: &anyhow::Error) -> String {
     let mut told = String::new();
     for cause in error.chain().map(|cause| cause.to_string()) {
@@ -28,7 +30,10 @@ pub(crate) fn chain(error: &anyhow::Error) -> String {
             told = format!("{told}: {cause}");
         }
     }
-    told
+    match crate::gpu::advice(&told) {
+        Some(advice) => format!("{told}; {advice}"),
+        None => told,
+    }
 }
 
 /// `1 cell`, `2 cells`.
@@ -73,6 +78,20 @@ pub(crate) fn digits(x: f64) -> String {
         a if a >= 9.995 => format!("{x:.1}"),
         a if a >= 0.01 => format!("{x:.2}"),
         _ => format!("{x:.1e}"),
+    }
+}
+
+/// An answer as people read it.
+pub(crate) fn answer(answer: &Answer) -> String {
+    match answer {
+        Answer::Table { header, rows } => {
+            let mut table = roofbench_report::empty_table(&[]);
+            table.set_header(header);
+            table.add_rows(rows);
+            table.to_string()
+        }
+        Answer::Text(text) => text.clone(),
+        Answer::Saved(path) => format!("wrote {}", path.display()),
     }
 }
 

@@ -15,16 +15,19 @@ use roofbench_core::meters::{Meters, clock};
 use roofbench_core::optimize::{OptimizeError, Plan};
 use roofbench_core::record::{Outcome, Record, SCHEMA_VERSION, Settings, Subject, Warning};
 use roofbench_core::reference::Models as _;
-use roofbench_core::session::{Arguments, Call, Engine, ModelSpec, Session, SessionError, Tensors, Unobserved};
+use roofbench_core::session::{Call, Engine, ModelSpec, Session, SessionError, Tensors, Unobserved};
 use roofbench_core::stats;
+use roofbench_core::task::{RawInputs, Task};
 use roofbench_core::weights::{Source, Weights};
 use roofbench_core::workload::{self, InputSpec};
+use roofbench_nn::kernels::isa;
 
 use crate::arguments::EXIT_INTERRUPTED;
-use crate::job::{Job, Message, RawInput, STOP, WeightsJob};
-use crate::models::{Models, engine_name};
+use crate::job::{Job, Message, STOP, WeightsJob};
+use crate::models::Models;
 use crate::optimized::{self, Optimized};
-use crate::{answers, memory, models, plan, profile, ui};
+use crate::slowed::Slowed;
+use crate::{memory, models, plan, profile, ui};
 
 /// Set when the planning process asks to finish.
 static STOPPED: AtomicBool = AtomicBool::new(false);
@@ -79,7 +82,7 @@ pub(crate) fn record(job: &Job, started_at: String, outcome: Outcome) -> Record 
         ("dtype", job.dtype.name().to_owned()),
         ("threads", job.threads.to_string()),
         ("device", job.device.to_string()),
-        ("engine", engine_name(job.engine).to_owned()),
+        ("engine", job.engine.name().to_owned()),
     ];
     Record {
         schema_version: SCHEMA_VERSION,
@@ -153,12 +156,19 @@ fn measure(job: &Job, found: &mut Found) -> anyhow::Result<Outcome> {
     status("loading");
     let ((mut session, weights), load) = harness::timed(&mut env, || load(job, &spec, &optimizations))?;
     found.note("weights", weights.describe().source);
+    if let Some(percent) = job.slow_down {
+        found.note("slow-down", format!("{percent} %, planted"));
+    }
     found.effective.extend(session.paths().into_iter().map(|(kind, path)| (format!("path.{kind}"), path)));
 
-    let (call, answer) = call(job, &spec, &weights, found)?;
+    let (call, task) = call(job, &spec, &weights, found)?;
     let plan = job.sampling.plan();
     let before = Conditions::now();
     let mut measurement = harness::measure(&mut session, &call, load, &plan, &mut env)?;
+    // Convolutions choose their way when they first run.
+    if let (Engine::Roofbench, Some(path)) = (job.engine, isa::paths(&device, spec.dtype).remove("conv")) {
+        found.note("path.conv", path);
+    }
     let threads = u32::try_from(job.threads).unwrap_or(u32::MAX);
     found.warnings.extend(conditions::between(&before, &Conditions::now(), threads));
     found.warnings.extend(harness::warnings(&measurement, &plan));
@@ -171,19 +181,26 @@ fn measure(job: &Job, found: &mut Found) -> anyhow::Result<Outcome> {
         let duration = Duration::from_secs_f64(seconds);
         measurement.sustained = Some(harness::sustain(&mut session, &call, duration, &mut env)?);
     }
-    if let Some(preparation) = answer
+    if let Some(task) = task
         && !STOPPED.load(Ordering::Relaxed)
     {
         let outputs = session.call(&call, &mut Unobserved)?;
-        tell(&Message::Answer(preparation))?;
-        if let Some(raw) = &job.raw
-            && let Some(text) =
-                answers::describe(raw, &call.inputs, &outputs, &job.config, weights.file("tokenizer.json").as_deref())?
-        {
-            tell(&Message::Answer(text))?;
+        if let (Some(amount), Some(cell)) = (task.amount(&call, &outputs)?, &mut found.cell) {
+            cell.amount = Some(amount / cell.batch as f64);
+        }
+        for answer in task.answer(&call, &outputs, &mut session)? {
+            tell(&Message::Answer(ui::answer(&answer)))?;
         }
     }
-    Ok(Outcome::Measured(Box::new(measurement)))
+    Ok(match &job.machine.cpu.emulator {
+        None => Outcome::Measured(Box::new(measurement)),
+        Some(emulator) => Outcome::Skipped {
+            reason: format!(
+                "it ran, {} in all, and no time is kept: {emulator} says nothing of the hardware's speed",
+                ui::count(measurement.samples.len(), "sample")
+            ),
+        },
+    })
 }
 
 /// What `job` builds its session from.
@@ -212,85 +229,69 @@ pub(crate) fn load(job: &Job, spec: &ModelSpec, plan: &Plan) -> Result<(Optimize
     let weights = Weights::open(&source, Models.aliases(spec), &spec.class, &plan::hub_options(offline))?;
     let session = Models.load(spec, &weights)?;
     weights.check_complete(ignore_extra)?;
+    let session = match job.slow_down {
+        Some(percent) => Box::new(Slowed { session, percent }),
+        None => session,
+    };
     Ok((Optimized::new(session, plan), weights))
 }
 
-/// The call that the cell means, and for real inputs a line on how long it took to prepare them.
+/// The call that the cell means, and the task that real inputs are for.
 pub(crate) fn call(
     job: &Job,
     spec: &ModelSpec,
     weights: &Weights,
     found: &mut Found,
-) -> anyhow::Result<(Call, Option<String>)> {
+) -> anyhow::Result<(Call, Option<Box<dyn Task>>)> {
+    if let Some(raw) = &job.raw {
+        let task = models::task(spec, weights, raw.clone())?;
+        let (call, seconds) = prepared(&*task)?;
+        let (what, time) = (task.preparation(), ui::time(seconds));
+        found.note(what, time.clone());
+        found.note("inputs", "given on the command line");
+        let name = format!("{}/{}", call.method, raw_name(raw));
+        found.cell = Some(Cell { name, inputs: specs(&call.inputs), ..job.cell.clone() });
+        let shapes: Vec<_> = call.inputs.iter().map(|(name, x)| format!("{name} {:?}", x.dims())).collect();
+        tell(&Message::Answer(format!("{what}: {time}, not part of the latency; {}", shapes.join(", "))))?;
+        return Ok((call, Some(task)));
+    }
     let mut arguments = job.cell.arguments.clone();
     if let Some(new_tokens) = job.cell.new_tokens {
+        // so many exactly and the likeliest, whatever the checkpoint's generation_config.json says
         arguments.insert("max_new_tokens".to_owned(), new_tokens.into());
-        if job.raw.is_none() {
-            // so many exactly and the likeliest, whatever the checkpoint's generation_config.json says
-            arguments.insert("min_new_tokens".to_owned(), new_tokens.into());
-            arguments.insert("do_sample".to_owned(), false.into());
-            arguments.insert("num_beams".to_owned(), 1.into());
-        }
+        arguments.insert("min_new_tokens".to_owned(), new_tokens.into());
+        arguments.insert("do_sample".to_owned(), false.into());
+        arguments.insert("num_beams".to_owned(), 1.into());
     }
     let method = match job.cell.name.split('/').next().unwrap_or_default() {
         "encode-decode" | "embed" => "forward",
         method => method,
     };
-    let (inputs, answer) = match &job.raw {
-        None => {
-            // On the CPU our models compute in f32, whatever the weights are kept in.
-            let own = spec.device.is_cpu() && spec.engine == Engine::Roofbench;
-            let dtype = if own { DType::F32 } else { spec.dtype };
-            found.note("inputs", format!("drawn from seed {}", job.seed));
-            (workload::draw(&job.cell, &spec.config, dtype, &spec.device, job.seed)?, None)
-        }
-        Some(raw) => {
-            let (inputs, seconds) = prepared(raw, spec, weights)?;
-            let what = match raw {
-                RawInput::Texts(_) => "tokenization",
-                RawInput::Images(_) => "preprocessing",
-            };
-            let time = ui::time(seconds);
-            found.note(what, time.clone());
-            found.note("inputs", "given on the command line");
-            found.cell = Some(Cell { inputs: specs(&inputs), ..job.cell.clone() });
-            let shapes: Vec<_> = inputs.iter().map(|(name, x)| format!("{name} {:?}", x.dims())).collect();
-            (inputs, Some(format!("{what}: {time} for the batch, not part of the latency; {}", shapes.join(", "))))
-        }
-    };
-    Ok((Call { method: method.to_owned(), inputs, arguments }, answer))
+    // On the CPU our models compute in f32, whatever the weights are kept in.
+    let own = spec.device.is_cpu() && spec.engine == Engine::Roofbench;
+    let dtype = if own { DType::F32 } else { spec.dtype };
+    found.note("inputs", format!("drawn from seed {}", job.seed));
+    let inputs = workload::draw(&job.cell, &spec.config, dtype, &spec.device, job.seed)?;
+    Ok((Call { method: method.to_owned(), inputs, arguments }, None))
 }
 
-/// The tensors of raw inputs, and the median time to make them, in seconds.
-fn prepared(raw: &RawInput, spec: &ModelSpec, weights: &Weights) -> anyhow::Result<(Tensors, f64)> {
+/// What a cell of raw inputs is called behind its method: `text+image/b2`.
+pub(crate) fn raw_name(raw: &RawInputs) -> String {
+    format!("{}/b{}", raw.kinds().join("+"), raw.batch())
+}
+
+/// The call of raw inputs, and the median time to make it, in seconds.
+fn prepared(task: &dyn Task) -> Result<(Call, f64), SessionError> {
     const REPEATS: usize = 9;
-    let prepare: Box<dyn Fn() -> Result<Tensors, SessionError>> = match raw {
-        RawInput::Texts(texts) => {
-            let path = weights.file("tokenizer.json").with_context(|| {
-                let source = weights.describe().source;
-                format!(
-                    "--text: {source} has no tokenizer.json, which turns text into tokens; put it beside the weights"
-                )
-            })?;
-            models::encoder(&spec.family, &path, texts, &spec.device)?
-        }
-        RawInput::Images(paths) => {
-            let processor = Models.processor(&spec.family, &spec.extra_configs).context("--image")?;
-            let files = BTreeMap::from([("images".to_owned(), paths.clone())]);
-            let device = spec.device.clone();
-            Box::new(move || {
-                let tensors = processor.call("preprocess", &files, &Tensors::new(), &Arguments::new())?;
-                tensors.into_iter().map(|(name, tensor)| Ok((name, tensor.to_device(&device)?))).collect()
-            })
-        }
-    };
-    let mut times = Vec::new();
+    /// Nanoseconds after which there are no more repeats: hours of sound are read once.
+    const ENOUGH: u64 = 2_000_000_000;
+    let mut times: Vec<u64> = Vec::new();
     loop {
         let began = Instant::now();
-        let tensors = prepare()?;
+        let call = task.call()?;
         times.push(u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX));
-        if times.len() == REPEATS {
-            return Ok((tensors, stats::median(&times).unwrap_or_default() * 1e-9));
+        if times.len() == REPEATS || times.iter().sum::<u64>() > ENOUGH {
+            return Ok((call, stats::median(&times).unwrap_or_default() * 1e-9));
         }
     }
 }

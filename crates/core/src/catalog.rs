@@ -317,6 +317,18 @@ impl Catalog {
                 }
                 let mut checkpoints = checkpoints.remove(&name).unwrap_or_default();
                 checkpoints.sort_by_key(|known| known.repository != workload.checkpoint);
+                let mut cells = workload.cells;
+                if let Some(vocoder) = &workload.vocoder {
+                    // it is an argument of the cells' call, and its config one of their checkpoint's
+                    let known = checkpoints.iter().find(|known| known.repository == *vocoder);
+                    let config = known.ok_or(format!("{vocoder} is unknown"))?.config.clone();
+                    if let Some(checkpoint) = checkpoints.first_mut() {
+                        checkpoint.extra_configs.insert("vocoder_config.json".to_owned(), config);
+                    }
+                    for cell in &mut cells {
+                        cell.arguments.insert("vocoder".to_owned(), Value::String(vocoder.clone()));
+                    }
+                }
                 catalog.families.push(Family {
                     model_types: kinds.keys().cloned().collect(),
                     name,
@@ -326,7 +338,7 @@ impl Catalog {
                     class: workload.class,
                     dtype: workload.dtype,
                     checkpoints,
-                    cells: workload.cells,
+                    cells,
                 });
             }
         }

@@ -4,6 +4,7 @@ use candle_core::{D, DType, Tensor};
 use serde_json::Value;
 
 use crate::session::SessionError;
+use crate::task::{self, Answer};
 
 /// One answer of a classifier.
 #[derive(Debug, Clone, PartialEq)]
@@ -89,6 +90,18 @@ pub fn classify(logits: &Tensor, labels: &[String], top: usize) -> Result<Vec<Ve
         Ok(order.into_iter().take(top).map(prediction).collect())
     };
     probabilities.into_iter().map(best).collect()
+}
+
+/// The `top` most probable labels of each item as a table: `names` (batch) first, then label and probability.
+///
+/// # Errors
+/// As [`labels`] and [`classify`].
+pub fn table(names: &[String], logits: &Tensor, config: &Value, top: usize) -> Result<Answer, SessionError> {
+    let predictions = classify(logits, &labels(config)?, top)?;
+    let rows = names.iter().zip(predictions).flat_map(|(name, predictions)| {
+        task::grouped(name, predictions.into_iter().map(|p| vec![p.label, task::percent(p.probability)]))
+    });
+    Ok(Answer::table(&["input", "label", "probability"], rows.collect()))
 }
 
 #[cfg(test)]

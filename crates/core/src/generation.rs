@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-use crate::session::{Call, ModelSpec, Observer, Phase, SessionError, Tensors};
+use crate::session::{Arguments, Call, ModelSpec, Observer, Phase, SessionError, Tensors};
 use crate::weights::synthetic;
 
 /// New tokens where nothing says how many, as in the library.
@@ -149,6 +149,17 @@ const REFUSED: [(&str, &[&str]); 23] = [
     ("forced_decoder_ids", &[]),
     ("stop_strings", &[]),
 ];
+
+/// Makes a checkpoint that asks for beams generate greedily, unless `arguments` decide: sets `num_beams` to 1, and gives
+/// a line that says so to people.
+pub fn without_beams(spec: &ModelSpec, arguments: &mut Arguments) -> Option<String> {
+    let beams = spec.extra_configs.get("generation_config.json").unwrap_or(&spec.config).get("num_beams")?.as_u64()?;
+    if beams < 2 || arguments.contains_key("num_beams") {
+        return None;
+    }
+    arguments.insert("num_beams".to_owned(), 1.into());
+    Some(format!("the checkpoint searches with {beams} beams, which is not supported; this is its greedy choice"))
+}
 
 impl Generation {
     /// From the arguments of `call`, for what they leave out from the checkpoint's generation_config.json, or from the
@@ -520,6 +531,18 @@ mod tests {
         let nested = json!({"text_config": {"eos_token_id": 2, "pad_token_id": null}});
         let generation = read(json!({}), None, nested).unwrap();
         assert_eq!((generation.max_new_tokens, generation.eos_token_id), (20, vec![2]));
+    }
+
+    #[test]
+    fn beams_of_a_checkpoint_become_a_greedy_choice() {
+        let mut spec = ModelSpec::new("bart", "BartForConditionalGeneration", json!({}));
+        let mut arguments = Arguments::new();
+        assert_eq!((without_beams(&spec, &mut arguments), arguments.len()), (None, 0));
+        spec.extra_configs.insert("generation_config.json".to_owned(), json!({"num_beams": 4}));
+        let mut asked: Arguments = [("num_beams".to_owned(), 2.into())].into_iter().collect();
+        assert_eq!((without_beams(&spec, &mut asked), &asked["num_beams"]), (None, &json!(2)));
+        assert!(without_beams(&spec, &mut arguments).is_some_and(|line| line.contains("4 beams")));
+        assert_eq!(arguments["num_beams"], 1);
     }
 
     #[test]

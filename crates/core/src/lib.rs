@@ -4,12 +4,15 @@
 
 pub mod catalog;
 pub mod classify;
+pub mod compare;
 pub mod config;
 pub mod cost;
+pub mod embeddings;
 pub mod generation;
 pub mod hardware;
 pub mod harness;
 pub mod inputs;
+pub mod merge;
 pub mod meters;
 pub mod metrics;
 pub mod optimize;
@@ -21,5 +24,6 @@ pub mod roofline;
 pub mod session;
 pub mod stats;
 pub mod sustain;
+pub mod task;
 pub mod weights;
 pub mod workload;

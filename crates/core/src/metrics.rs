@@ -83,6 +83,9 @@ metrics! {
     POWER = "power", "power", "W", Lower, "Mean power over an interval.";
     CLOCK = "clock", "clock", "MHz", Neither, "Clock of the CPU, the mean over its cores.";
     TEMPERATURE = "temperature", "temperature", "°C", Neither, "The hottest sensor of the CPU.";
+    PHASE_BYTES = "phase_bytes", "bytes", "B", Lower, "Analytic least bytes that a phase moves within one call.";
+    PHASE_ENERGY = "phase_energy", "energy", "J", Lower,
+        "Energy of a call that falls to a phase by its share of the time; an estimate.";
     ENERGY_PER_UNIT = "energy_per_unit", "J/unit", "J/unit", Lower,
         "Energy of the steady interval over the units worked off in it, idle power included.";
     P50 = "p50", "p50", "", Neither, "Median of the raw samples.";
@@ -135,6 +138,8 @@ pub struct PhaseResult {
     pub seconds: Summary,
     /// Its cost in one call, all repeats together.
     pub cost: Cost,
+    /// Joules of one call by sensor, estimated; none where no sensor gave a number.
+    pub energy: Vec<(String, Quantity)>,
     /// Its place under the roofline, or why there is none.
     pub position: Result<Position, String>,
     /// Achieved over peak FLOP/s; `None` with the reason in `position`.
@@ -217,6 +222,7 @@ pub fn derive(record: &Record) -> Option<Derived> {
     let ceiling = ceiling(record);
 
     let decode_steps = samples.first().map_or(0, |s| count(s, Phase::Decode));
+    let ttft = seconds(samples.iter().map(first_token_ns));
     let prefill = seconds(samples.iter().map(|s| phase_ns(s, Phase::Prefill)));
     let decode = seconds(samples.iter().map(|s| phase_ns(s, Phase::Decode)));
     let gaps_ns: Vec<u64> = samples
@@ -229,7 +235,7 @@ pub fn derive(record: &Record) -> Option<Derived> {
     let (mut phases, mut gaps) = (Vec::new(), Vec::new());
     for entry in &measurement.cost {
         match phase_result(entry.phase, entry.repeats, entry.cost, samples, &ceiling) {
-            Ok(result) => phases.push(result),
+            Ok(result) => phases.push(PhaseResult { energy: phase_energy(measurement, &result, &latency), ..result }),
             Err(reason) => gaps.push((entry.phase, reason)),
         }
     }
@@ -244,7 +250,7 @@ pub fn derive(record: &Record) -> Option<Derived> {
         itl: Summary::of(&gaps_ns).map(|s| s.scaled(1e-9)),
         prefill_rate: prefill.as_ref().zip(prompt_tokens(cell)).map(|(s, tokens)| Rate::of(tokens as f64, s)),
         decode_rate: decode.as_ref().map(|s| Rate::of((cell.batch * decode_steps) as f64, s)),
-        ttft: prefill,
+        ttft,
         rtf: (cell.unit == "audio seconds").then(|| latency.median / units_per_call),
         latency,
         ceiling,
@@ -281,8 +287,16 @@ fn phase_ns(sample: &Sample, phase: Phase) -> Option<u64> {
     Some(intervals.sum())
 }
 
+/// Time up to the first token: components, and prefill.
+fn first_token_ns(sample: &Sample) -> Option<u64> {
+    let end = sample.phases.iter().position(|(phase, _)| *phase == Phase::Prefill)?;
+    Some(sample.phases[..=end].iter().map(|(_, ns)| *ns).sum())
+}
+
 fn tpot_ns(sample: &Sample) -> Option<u64> {
-    let after_first = sample.total_ns.checked_sub(phase_ns(sample, Phase::Prefill)?)?;
+    // a vocoder behind the last step makes none
+    let behind = phase_ns(sample, Phase::Forward).unwrap_or(0);
+    let after_first = sample.total_ns.checked_sub(first_token_ns(sample)?)?.checked_sub(behind)?;
     after_first.checked_div(count(sample, Phase::Decode))
 }
 
@@ -299,10 +313,23 @@ fn phase_result(
     let seconds = seconds(samples.iter().map(|s| phase_ns(s, phase))).ok_or("it was not timed")?;
     let position = ceiling.clone().and_then(|ceiling| ceiling.place(cost, seconds.median));
     let peaks = position.as_ref().ok().and(ceiling.as_ref().ok());
-    let mut result = PhaseResult { phase, repeats, seconds, cost, mfu: None, mbu: None, position };
+    let energy = Vec::new();
+    let mut result = PhaseResult { phase, repeats, seconds, cost, energy, mfu: None, mbu: None, position };
     result.mfu = peaks.map(|peaks| result.flops() / peaks.flops);
     result.mbu = peaks.map(|peaks| result.bandwidth() / peaks.bytes_per_second);
     Ok(result)
+}
+
+/// What of the energy of a call falls to a phase by its share of the time, for each sensor that gave a number.
+fn phase_energy(measurement: &Measurement, phase: &PhaseResult, latency: &Summary) -> Vec<(String, Quantity)> {
+    let share = phase.seconds.median / latency.median / measurement.samples.len() as f64;
+    let steady = measurement.readings.get("steady").into_iter().flatten().filter(|r| r.metric == ENERGY.name);
+    let of_phase = |reading: &Reading| {
+        let method = format!("{} of a call, in proportion to the phase's share of its time", reading.sensor);
+        let quantity = Quantity::Estimated { value: reading.quantity.value()? * share, method };
+        Some((reading.sensor.clone(), quantity))
+    };
+    steady.filter_map(of_phase).collect()
 }
 
 /// The largest reading of `metric` over all intervals, or the reason for there being none.
@@ -392,6 +419,7 @@ impl Derived {
             list.summary(&PHASE_TIME, phase, &result.seconds);
             list.number(&FLOPS, phase, result.flops(), "analytic FLOPs / median time");
             list.number(&BANDWIDTH, phase, result.bandwidth(), "analytic bytes / median time");
+            list.number(&PHASE_BYTES, phase, result.cost.bytes() as f64, "formula");
             if let Some(intensity) = result.cost.arithmetic_intensity() {
                 list.number(&INTENSITY, phase, intensity, "analytic FLOPs / analytic bytes");
             }
@@ -404,6 +432,11 @@ impl Derived {
                     (Ok(_), Some(value)) => list.number(metric, phase, value, "rate reached / measured ceiling"),
                     (Ok(_), None) => {}
                 }
+            }
+        }
+        for result in &self.phases {
+            for (sensor, joules) in &result.energy {
+                list.push(&PHASE_ENERGY, Some(result.phase), Some(sensor.clone()), PHASE_ENERGY.unit, joules.clone());
             }
         }
         for (phase, reason) in &self.gaps {
@@ -558,6 +591,30 @@ mod tests {
         assert_eq!((p.bound, d.bound), (Bound::Compute, Bound::Memory));
         assert!(close(p.fraction, 0.4) && close(prefill.mfu.unwrap(), 0.4));
         assert!(close(d.fraction, 0.4) && close(decode.mbu.unwrap(), 0.4) && close(decode.mfu.unwrap(), 0.08));
+    }
+
+    /// A vision tower of 60 ms, twice, before the same prefill and steps.
+    #[test]
+    fn components_count_for_the_first_token_and_not_for_prefill() {
+        let mut record = generation();
+        let measurement = measured(&mut record);
+        for sample in &mut measurement.samples {
+            sample.phases.splice(0..0, [(Phase::Vision, 40_000_000), (Phase::Vision, 20_000_000)]);
+            sample.total_ns += 60_000_000;
+        }
+        let cost = Cost { flops: 6_000_000, weight_bytes: 1000, ..Cost::default() };
+        measurement.cost.insert(0, PhaseCost { phase: Phase::Vision, repeats: 2, cost });
+        let joules = reading(&ENERGY, "RAPL package-0", Quantity::Measured { value: 110.0 });
+        measurement.readings.insert("steady".into(), vec![joules]);
+        let derived = derive(&record).unwrap();
+        assert!(close(derived.ttft.as_ref().unwrap().median, 0.16));
+        assert!(close(derived.tpot.as_ref().unwrap().median, 0.03));
+        assert!(close(derived.prefill_rate.unwrap().value, 16.0 / 0.1));
+        let vision = &derived.phases[0];
+        assert!(close(vision.seconds.median, 0.06) && close(vision.flops(), 1e8));
+        // 11 J a call of 220 ms
+        let [(_, Quantity::Estimated { value, .. })] = &vision.energy[..] else { panic!("{:?}", vision.energy) };
+        assert!(close(*value, 3.0));
     }
 
     #[test]

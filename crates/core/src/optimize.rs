@@ -301,6 +301,20 @@ pub const FUSED_ATTENTION: Optimization = Optimization {
     },
 };
 
+/// Convolutions of 3 × 3 with fewer multiplications; for models that have such.
+pub const WINOGRAD: Optimization = Optimization {
+    name: "winograd",
+    about: "3 x 3 convolutions at stride 1 by tiles that multiply 2.25 or 4 times less, and round otherwise; else directly",
+    rule: |_, model| {
+        ours_on_the_cpu(model).unwrap_or_else(|| match model.spec.dtype {
+            DType::F32 => Verdict::on(
+                "each shape is timed once, directly and by tiles of 2 x 2 and 4 x 4, and takes what is quickest",
+            ),
+            dtype => Verdict::impossible(format!("the weights are {}; tiles are made of f32", dtype.as_str())),
+        })
+    },
+};
+
 /// Products of bf16 with bf16.
 pub const BF16_PRODUCTS: Optimization = Optimization {
     name: "bf16-products",
@@ -312,7 +326,8 @@ pub const BF16_PRODUCTS: Optimization = Optimization {
         if model.spec.dtype != DType::BF16 {
             return Verdict::impossible(format!("the weights are {}, not bf16", model.spec.dtype.as_str()));
         }
-        if !machine.cpu.isa.iter().any(|isa| isa == "avx512bf16") {
+        // `bf16` is Arm's word
+        if !machine.cpu.isa.iter().any(|isa| isa == "avx512bf16" || isa == "bf16") {
             return Verdict::impossible("the CPU has no instructions for products of bf16 that the kernels use");
         }
         match ceilings(machine, model, "bf16") {
@@ -419,8 +434,19 @@ pub const PINNED_THREADS: Optimization = Optimization {
 pub const COMMON: &[&Optimization] =
     &[&PACKED_WEIGHTS, &FUSED_ATTENTION, &BF16_PRODUCTS, &WEIGHTS_Q8, &WEIGHTS_Q4, &DECODE_THREADS, &PINNED_THREADS];
 
+/// Pictures of a batch that are the same, encoded once.
+pub const SHARED_PICTURES: Optimization = Optimization {
+    name: "shared-pictures",
+    about: "a picture that several questions of a batch are about goes through the vision tower once; else once for each",
+    rule: |_, model| {
+        ours_on_the_cpu(model).unwrap_or_else(|| {
+            Verdict::on("to find that two pictures differ takes nanoseconds, to encode one milliseconds")
+        })
+    },
+};
+
 /// Why nothing of ours is to be chosen, unless our kernels run.
-fn ours_on_the_cpu(model: &Model) -> Option<Verdict> {
+pub fn ours_on_the_cpu(model: &Model) -> Option<Verdict> {
     match (model.spec.engine, model.spec.device.is_cpu()) {
         (Engine::CandleTransformers, _) => Some(Verdict::impossible("the stock model is run as it is")),
         (_, false) => Some(Verdict::impossible("our kernels run on the CPU; on other devices candle's do")),
@@ -464,8 +490,8 @@ fn smaller_weights(
     }
 }
 
-/// Bytes of the outermost cache, all instances together.
-fn last_level_cache(machine: &Machine) -> u64 {
+/// Bytes of the outermost cache, all instances together; 0 where no cache is known.
+pub fn last_level_cache(machine: &Machine) -> u64 {
     let last = machine.cpu.caches.iter().max_by_key(|cache| cache.level);
     last.map_or(0, |cache| cache.bytes * u64::from(cache.instances))
 }
@@ -481,8 +507,8 @@ fn widest(machine: &Machine) -> &'static str {
     }
 }
 
-/// `1.5 GB`.
-fn bytes(n: f64) -> String {
+/// A number of bytes as people read it: `1.5 GB`.
+pub fn bytes(n: f64) -> String {
     let units = [(1e9, "GB"), (1e6, "MB"), (1e3, "kB")];
     let (size, unit) = units.into_iter().find(|(size, _)| n >= *size).unwrap_or((1.0, "B"));
     format!("{:.1} {unit}", n / size)

@@ -90,8 +90,8 @@ impl Task {
         let work = outline.phases.iter().map(|phase| Work {
             kind: match phase.phase {
                 Phase::Decode => Kind::Decode,
-                Phase::Forward | Phase::Prefill if kernels > dense => Kind::Convolution,
-                Phase::Forward | Phase::Prefill => Kind::Dense,
+                _ if kernels > dense => Kind::Convolution,
+                _ => Kind::Dense,
             },
             phase: phase.phase,
             flops: phase.cost.flops as f64,

@@ -42,6 +42,36 @@ pub struct Record {
     pub build: Build,
 }
 
+/// Settings asked for that say how long to sample, and not what.
+const SAMPLING: [&str; 8] =
+    ["quick", "target", "min-samples", "max-samples", "min-time", "max-time", "profile", "sustain"];
+
+impl Record {
+    /// What was measured, on which machine and with which settings, other than those of sampling: records that agree in
+    /// all of it are of the same cell.
+    pub fn identity(&self) -> BTreeMap<&str, String> {
+        let requested = self.settings.requested.iter().filter(|(name, _)| !SAMPLING.contains(&name.as_str()));
+        let mut identity: BTreeMap<&str, String> =
+            requested.map(|(name, value)| (name.as_str(), value.clone())).collect();
+        identity.extend([
+            ("cell", self.subject.label()),
+            ("checkpoint", self.subject.checkpoint.clone()),
+            ("class", self.subject.class.clone()),
+            ("engine", self.subject.engine.name().to_owned()),
+            ("machine", self.machine.name()),
+        ]);
+        identity
+    }
+
+    /// Whole calls in the steady state, in the order in which they ran; empty where nothing was measured.
+    pub fn calls_ns(&self) -> Vec<u64> {
+        match &self.outcome {
+            Outcome::Measured(measurement) => measurement.samples.iter().map(|sample| sample.total_ns).collect(),
+            _ => Vec::new(),
+        }
+    }
+}
+
 /// Identity of the cell.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Subject {
@@ -361,22 +391,34 @@ pub struct ReadOutcome {
 /// # Errors
 /// [`RecordError::Read`] when the file itself can't be read.
 pub fn read(path: impl AsRef<Path>) -> Result<ReadOutcome, RecordError> {
+    let (lines, problems) = read_lines(path)?;
+    Ok(ReadOutcome { records: lines.into_iter().map(|(record, _)| record).collect(), problems })
+}
+
+/// A record and the line that it was read from.
+pub type Line = (Record, String);
+
+/// As [`read`], each record with the line that it was read from, which may hold more than this version knows.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_lines(path: impl AsRef<Path>) -> Result<(Vec<Line>, Vec<String>), RecordError> {
     let path = path.as_ref();
     let bytes = fs::read(path).map_err(|source| RecordError::Read { path: path.to_owned(), source })?;
-    let mut outcome = ReadOutcome::default();
+    let (mut lines, mut problems) = (Vec::new(), Vec::new());
     for (number, line) in bytes.split(|&byte| byte == b'\n').enumerate() {
         if line.trim_ascii().is_empty() {
             continue;
         }
         match read_line(line) {
-            Ok(record) => outcome.records.push(record),
-            Err(problem) => outcome.problems.push(format!("{}: line {}: {problem}", path.display(), number + 1)),
+            Ok((record, line)) => lines.push((record, line.trim().to_owned())),
+            Err(problem) => problems.push(format!("{}: line {}: {problem}", path.display(), number + 1)),
         }
     }
-    Ok(outcome)
+    Ok((lines, problems))
 }
 
-fn read_line(line: &[u8]) -> Result<Record, String> {
+fn read_line(line: &[u8]) -> Result<(Record, &str), String> {
     /// The part of a line that says whether the rest can be understood.
     #[derive(Deserialize)]
     struct Version {
@@ -393,7 +435,8 @@ fn read_line(line: &[u8]) -> Result<Record, String> {
             version.schema_version
         ));
     }
-    parse(line).map_err(|error| format!("damaged: `{}`: {}", error.path(), error.inner()))
+    let record = parse(line).map_err(|error| format!("damaged: `{}`: {}", error.path(), error.inner()))?;
+    Ok((record, line))
 }
 
 /// JSON Schema of a line.

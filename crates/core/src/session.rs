@@ -34,19 +34,52 @@ pub struct Call {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Phase {
-    /// A whole forward pass.
+    /// A tower that sees pictures or frames.
+    Vision,
+    /// A tower that reads texts beside pictures or sounds.
+    Text,
+    /// A tower that hears sounds.
+    Audio,
+    /// A tower for other measurements: depth, heat, motion.
+    Sensor,
+    /// What brings the states of a tower to the next part: a projector, a Q-Former.
+    Projector,
+    /// A whole forward pass, or what of it follows the components that were announced before.
     Forward,
-    /// The prompt (or the encoder's input), up to the first output token on the host.
+    /// The prompt (or the encoder's input), up to the first output token on the host, without components that were
+    /// announced before.
     Prefill,
     /// One output token after the first.
     Decode,
+}
+
+impl Phase {
+    /// Its name in tables and records.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Vision => "vision",
+            Self::Text => "text",
+            Self::Audio => "audio",
+            Self::Sensor => "sensor",
+            Self::Projector => "projector",
+            Self::Forward => "forward",
+            Self::Prefill => "prefill",
+            Self::Decode => "decode",
+        }
+    }
+
+    /// A component of a model that comes before its forward pass or its first token.
+    pub fn is_component(self) -> bool {
+        !matches!(self, Self::Forward | Self::Prefill | Self::Decode)
+    }
 }
 
 /// Told by the model where a phase ends; the harness waits for the device and reads its meters there.
 pub trait Observer {
     /// The work of `phase` since the last boundary (or the start of the call) has been handed to the device.
     ///
-    /// [`Phase::Prefill`] ends when the first token is on the host, [`Phase::Decode`] when each later one is.
+    /// [`Phase::Prefill`] ends when the first token is on the host, [`Phase::Decode`] when each later one is; what comes
+    /// before in phases of their own are components, of which one may run several times.
     fn end(&mut self, phase: Phase);
 
     /// The tokens just chosen, one for each sequence, before their phase ends: what a reader sees as it comes.
@@ -110,6 +143,16 @@ pub enum Engine {
     CandleTransformers,
 }
 
+impl Engine {
+    /// As flags and records write it: `roofbench`, `candle-transformers`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Roofbench => "roofbench",
+            Self::CandleTransformers => "candle-transformers",
+        }
+    }
+}
+
 /// What to build a session from.
 #[derive(Debug, Clone)]
 pub struct ModelSpec {
@@ -130,6 +173,19 @@ pub struct ModelSpec {
 }
 
 impl ModelSpec {
+    /// A model of `config` in f32 on the CPU, run by our own engine, without other configs beside it.
+    pub fn new(family: &str, class: &str, config: Value) -> Self {
+        Self {
+            family: family.to_owned(),
+            class: class.to_owned(),
+            config,
+            extra_configs: BTreeMap::new(),
+            dtype: DType::F32,
+            device: Device::Cpu,
+            engine: Engine::Roofbench,
+        }
+    }
+
     /// Reads `config.json` into the family's own type; the error names the field at fault by its path.
     ///
     /// # Errors

@@ -10,6 +10,9 @@ pub const INTERVAL_MIN_SAMPLES: usize = 6;
 /// Resamples of the bootstrap.
 const RESAMPLES: usize = 1_000;
 
+/// Resamples for a standard error, which takes fewer than the ends of an interval.
+const ERROR_RESAMPLES: usize = 400;
+
 /// Seed of the bootstrap: the same samples always give the same interval.
 const SEED: u64 = 0x726f_6f66;
 
@@ -124,6 +127,52 @@ pub fn median_interval(samples: &[u64]) -> Option<Interval> {
     interval_of_sorted(&sorted(samples))
 }
 
+/// Standard error of the median of a series in which neighbours may be alike, as the calls of one process are: circular
+/// block bootstrap (Politis and Romano 1992) with blocks of ⌈√n⌉; `None` below [`INTERVAL_MIN_SAMPLES`].
+///
+/// ```
+/// // the same eight values: neighbours that are alike say less about the median
+/// let mixed = roofbench_core::stats::median_error(&[1.0, 9.0, 2.0, 8.0, 1.0, 9.0, 2.0, 8.0]).unwrap();
+/// let sorted = roofbench_core::stats::median_error(&[1.0, 1.0, 2.0, 2.0, 8.0, 8.0, 9.0, 9.0]).unwrap();
+/// assert!(sorted > mixed);
+/// ```
+pub fn median_error(series: &[f64]) -> Option<f64> {
+    let n = series.len();
+    if n < INTERVAL_MIN_SAMPLES {
+        return None;
+    }
+    let block = (n as f64).sqrt().ceil() as usize;
+    let mut random = SplitMix64(SEED);
+    let mut drawn = Vec::with_capacity(n + block);
+    let medians: Vec<f64> = (0..ERROR_RESAMPLES)
+        .map(|_| {
+            drawn.clear();
+            while drawn.len() < n {
+                let start = random.below(n);
+                drawn.extend((start..start + block).map(|place| series[place % n]));
+            }
+            drawn.truncate(n);
+            let (lower, &mut upper, _) = drawn.select_nth_unstable_by(n / 2, f64::total_cmp);
+            match lower.iter().copied().max_by(f64::total_cmp) {
+                Some(lower) if n.is_multiple_of(2) => (lower + upper) / 2.0,
+                _ => upper,
+            }
+        })
+        .collect();
+    Some(variance(&medians).sqrt())
+}
+
+/// Sample variance; 0 for fewer than two values.
+pub fn variance(values: &[f64]) -> f64 {
+    let mean = mean(values);
+    values.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / values.len().saturating_sub(1).max(1) as f64
+}
+
+/// Arithmetic mean; 0 of nothing.
+pub fn mean(values: &[f64]) -> f64 {
+    values.iter().sum::<f64>() / values.len().max(1) as f64
+}
+
 fn sorted(samples: &[u64]) -> Vec<f64> {
     let mut sorted: Vec<f64> = samples.iter().map(|&x| x as f64).collect();
     sorted.sort_by(f64::total_cmp);
@@ -159,11 +208,14 @@ fn interval_of_sorted(sorted: &[f64]) -> Option<Interval> {
     Some(Interval { low: percentile(&medians, 2.5), high: percentile(&medians, 97.5) })
 }
 
-/// Steele, Lea and Flood's SplitMix64 (OOPSLA 2014).
-struct SplitMix64(u64);
+/// Random numbers that are the same everywhere: Steele, Lea and Flood's SplitMix64 (OOPSLA 2014), from a seed.
+#[derive(Debug, Clone)]
+pub struct SplitMix64(pub u64);
 
 impl SplitMix64 {
-    fn next(&mut self) -> u64 {
+    /// The next 64 bits.
+    #[expect(clippy::should_implement_trait, reason = "it never ends, and callers want no Option")]
+    pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -172,7 +224,7 @@ impl SplitMix64 {
     }
 
     /// Uniform in `0..n` to within 2⁻⁶⁴·n (Lemire's multiply-and-shift without its rejection).
-    fn below(&mut self, n: usize) -> usize {
+    pub fn below(&mut self, n: usize) -> usize {
         ((u128::from(self.next()) * n as u128) >> 64) as usize
     }
 }
@@ -274,6 +326,21 @@ mod tests {
         reversed.reverse();
         let reversed = Summary::of(&reversed).unwrap();
         assert_eq!((reversed.interval, reversed.p99, reversed.mad), (summary.interval, summary.p99, summary.mad));
+    }
+
+    #[test]
+    fn the_error_of_a_median_is_that_of_theory_and_grows_with_likeness() {
+        // independent and uniform on 1000..1500: 1 / (2 f √n) = 250 / √400 = 12.5
+        let independent = |seed| drawn(seed, 400).iter().map(|&x| x as f64).collect::<Vec<_>>();
+        // each value ten times in a row: a tenth of the information, 39.5
+        let repeated = |seed| drawn(seed, 40).iter().flat_map(|&x| [x as f64; 10]).collect::<Vec<_>>();
+        let errors = |made: &dyn Fn(u64) -> Vec<f64>| (5..25).map(|seed| median_error(&made(seed)).unwrap()).collect();
+        let (independent, repeated): (Vec<f64>, Vec<f64>) = (errors(&independent), errors(&repeated));
+        assert!((11.0..14.0).contains(&mean(&independent)), "{independent:?}");
+        assert!((30.0..45.0).contains(&mean(&repeated)), "{repeated:?}");
+        assert_eq!(median_error(&[7.0; 6]), Some(0.0));
+        assert_eq!(median_error(&[7.0; 5]), None);
+        assert_eq!((variance(&[1.0, 3.0]), variance(&[1.0]), mean(&[])), (2.0, 0.0, 0.0));
     }
 
     #[test]

@@ -216,7 +216,7 @@ fn planes(picture: &RgbImage) -> Result<Tensor, SessionError> {
 }
 
 /// `wanted` of `count` things from the first to the last, at even distances, cut down to whole numbers.
-fn evenly(count: usize, wanted: usize) -> impl Iterator<Item = usize> {
+pub(crate) fn evenly(count: usize, wanted: usize) -> impl Iterator<Item = usize> {
     let last = (count - 1) as f32;
     let step = if wanted > 1 { last / (wanted - 1) as f32 } else { 0.0 };
     // counted from the nearer end

@@ -47,6 +47,7 @@ pub mod flava_processor;
 pub mod imagebind_processor;
 pub mod models;
 pub(crate) mod picture_to_text;
+pub mod tasks;
 pub mod videomae_processor;
 
 pub use candle_core;
@@ -57,10 +58,12 @@ use roofbench_core::optimize::{Model, Optimization, Plan};
 pub use roofbench_core::session::{
     Arguments, Call, Engine, ModelSpec, Observer, Phase, Processor, Session, SessionError, Tensors, Unobserved,
 };
+pub use roofbench_core::task::{Answer, RawInputs, Task};
 pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, WeightsError};
 pub use roofbench_core::{hardware, optimize};
 pub use roofbench_nn::options;
 pub use serde_json;
+pub use tasks::{raw_inputs, task};
 
 use imagebind_processor::ImageBindProcessor;
 use models::{
@@ -110,13 +113,20 @@ pub fn classes(family: &str) -> &'static [&'static str] {
 }
 
 /// The hardware-aware optimisations of `family`; none for a family that is not one of [`FAMILIES`].
-pub fn optimizations(family: &str) -> &'static [&'static Optimization] {
-    if FAMILIES.contains(&family) { optimize::COMMON } else { &[] }
+pub fn optimizations(family: &str) -> Vec<&'static Optimization> {
+    let common = || optimize::COMMON.iter().copied();
+    match family {
+        "clip" | "blip" | "llava" | "blip-2" | "instructblip" | "git" | "donut" => {
+            common().chain([&optimize::SHARED_PICTURES]).collect()
+        }
+        family if FAMILIES.contains(&family) => common().collect(),
+        _ => Vec::new(),
+    }
 }
 
 /// What to do for `model` on `machine`, by the rules of [`optimizations`], each with its reason.
 pub fn apply_hardware_optimizations(machine: &Machine, model: &Model) -> Plan {
-    Plan::decide(optimizations(&model.spec.family), machine, model)
+    Plan::decide(&optimizations(&model.spec.family), machine, model)
 }
 
 /// How published checkpoints of `spec` name the tensors that [`load`] asks for, for [`Weights::open`].
@@ -208,7 +218,7 @@ pub fn processor(family: &str, configs: &BTreeMap<String, Value>) -> Result<Box<
     })
 }
 
-fn unknown_family(family: &str) -> SessionError {
+pub(crate) fn unknown_family(family: &str) -> SessionError {
     let reason = format!("is no multimodal family here; supported: {}", FAMILIES.join(", "));
     SessionError::UnsupportedEngine { family: family.to_owned(), reason }
 }

@@ -13,7 +13,7 @@ use roofbench_nn::kernels::isa;
 use roofbench_text::causal::Pass;
 use roofbench_text::seq2seq::{self, CrossDecoder};
 
-use crate::models::{forward_phase, named};
+use crate::models::{behind, forward_phase, named};
 
 /// The two halves of such a model.
 pub(crate) trait PictureToText {
@@ -102,9 +102,10 @@ impl<M: PictureToText> PictureToTextSession<M> {
         }
     }
 
-    fn forward(&self, request: &Request<M::Pictures>) -> Result<Tensors, SessionError> {
+    fn forward(&self, request: &Request<M::Pictures>, observer: &mut dyn Observer) -> Result<Tensors, SessionError> {
         let tokens = request.tokens()?;
         let (states, mut encoded) = self.model.encode(&request.pictures)?;
+        observer.end(Phase::Vision);
         let mask = request.decoder_attention_mask.as_ref();
         let logits = seq2seq::forward(self.model.decoder(), tokens, mask, &mut encoded)?;
         Ok(named([("encoder_last_hidden_state", states), ("logits", logits)]))
@@ -117,9 +118,10 @@ impl<M: PictureToText> Session for PictureToTextSession<M> {
         if call.method == "generate" {
             let (generation, prompt) = self.plan(call, &request)?;
             let (_, encoded) = self.model.encode(&request.pictures)?;
+            observer.end(Phase::Vision);
             return seq2seq::generate(self.model.decoder(), &self.spec, &generation, &prompt, encoded, observer);
         }
-        let outputs = self.forward(&request)?;
+        let outputs = self.forward(&request, observer)?;
         observer.end(Phase::Forward);
         Ok(outputs)
     }
@@ -127,15 +129,16 @@ impl<M: PictureToText> Session for PictureToTextSession<M> {
     fn cost(&self, call: &Call) -> Result<Vec<PhaseCost>, SessionError> {
         let request = self.read(call)?;
         let [batch, states] = [request.batch, request.states].map(|size| size as u64);
-        let encoder = self.model.encoder_cost(&request.pictures);
+        let encoder = [(Phase::Vision, self.model.encoder_cost(&request.pictures))];
         let pass = |pass| self.model.decoder().cost(pass, states);
         if call.method == "generate" {
             let (generation, prompt) = self.plan(call, &request)?;
             let length = prompt.first().map_or(0, Vec::len) as u64;
-            return Ok(seq2seq::generate_cost(pass, encoder, [batch, length], generation.max_new_tokens as u64));
+            let new = generation.max_new_tokens as u64;
+            return Ok(behind(encoder, seq2seq::generate_cost(pass, Cost::default(), [batch, length], new)));
         }
         let seq = request.tokens()?.dim(1)? as u64;
-        Ok(forward_phase(encoder + pass(Pass { batch, seq, cached: 0, logits: seq })))
+        Ok(behind(encoder, forward_phase(pass(Pass { batch, seq, cached: 0, logits: seq }))))
     }
 
     fn paths(&self) -> BTreeMap<String, String> {

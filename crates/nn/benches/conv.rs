@@ -1,11 +1,13 @@
 //! `cargo bench -p roofbench-nn --bench conv [-- FILTER]`: convolutions of ResNet-50 and ConvNeXt-tiny, in GFLOP/s and as
-//! a share of what fused multiply-adds on registers reach in the same rounds. FILTER is a part of a row's name.
+//! a share of what fused multiply-adds on registers reach in the same rounds. FILTER is a part of a row's name. Winograd's
+//! forms count the multiplications of the direct product, of which they do fewer.
 #![allow(clippy::print_stdout, reason = "a bench prints")]
 
 use candle_core::{DType, Device, Result, Tensor};
 use roofbench_nn::activation::Activation;
 use roofbench_nn::conv::{Conv2d, Conv2dConfig};
 use roofbench_nn::kernels::isa::Isa;
+use roofbench_nn::options::{self, Options, Winograd};
 use roofbench_nn::pool::{self, PoolConfig};
 
 mod common;
@@ -61,13 +63,23 @@ fn main() -> Result<()> {
                 let conv = Conv2d::new(&weight, Some(&bias), config)?;
                 let x = random(&[batch, side, side, inputs])?;
                 let flop = 2.0 * conv.forward(&x)?.elem_count() as f64 * (inputs / groups * kernel * kernel) as f64;
-                let mut run = || assert!(conv.forward_act(&x, Activation::Relu).is_ok());
-                let seconds = common::best_of(12, &mut [&mut run, &mut common::fma_registers]);
-                let share = 100.0 * flop / seconds[0] * seconds[1] / common::fma_flop();
-                let (micros, rate) = (1e6 * seconds[0], flop / seconds[0] / 1e9);
-                println!(
-                    "{name:20} {batch:5} {side:5} {inputs:5} {outputs:5} {threads:7} {micros:9.0} {rate:9.0} {share:5.0}%"
-                );
+                let forms: &[_] = match (kernel, stride) {
+                    (3, 1) if groups == 1 => {
+                        &[("", Winograd::Never), (" by 2", Winograd::Two), (" by 4", Winograd::Four)]
+                    }
+                    _ => &[("", Winograd::Never)],
+                };
+                for &(form, winograd) in forms {
+                    let options = Options { winograd, ..Options::default() };
+                    let mut run = || options::with(options, || assert!(conv.forward_act(&x, Activation::Relu).is_ok()));
+                    let seconds = common::best_of(12, &mut [&mut run, &mut common::fma_registers]);
+                    let share = 100.0 * flop / seconds[0] * seconds[1] / common::fma_flop();
+                    let (micros, rate) = (1e6 * seconds[0], flop / seconds[0] / 1e9);
+                    let name = format!("{name}{form}");
+                    println!(
+                        "{name:20} {batch:5} {side:5} {inputs:5} {outputs:5} {threads:7} {micros:9.0} {rate:9.0} {share:5.0}%"
+                    );
+                }
             }
         }
     }

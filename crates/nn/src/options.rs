@@ -18,6 +18,7 @@
 //! ```
 
 use std::cell::Cell;
+use std::sync::OnceLock;
 
 use crate::linear::Precision;
 
@@ -34,11 +35,52 @@ pub struct Options {
     pub bf16_products: Option<bool>,
     /// Attention on the CPU runs in one kernel; else as candle's operations, with the whole matrix of scores.
     pub fused_attention: bool,
+    /// Which convolutions of 3 × 3 at stride 1 with packed f32 weights go by Winograd's minimal filtering.
+    pub winograd: Winograd,
     /// A last layer of which only the first rows are used, such as a class token's, computes no others.
     pub class_token_only: bool,
     /// Blocks keep the sizes of their weights and none of the numbers, so that a model of any size loads in no time and
     /// next to no memory: to ask for its cost, and not to be called.
     pub sizes_only: bool,
+    /// A picture that stands in a batch several times is encoded once.
+    pub shared_pictures: bool,
+    /// Convolutions over a long signal run tile by tile, whose values stay in a cache between them.
+    pub tiled_features: bool,
+    /// Files are decoded on a thread of their own, ahead of the model.
+    pub overlapped_decoding: bool,
+}
+
+/// How a convolution of 3 × 3 at stride 1 is computed: directly or by tiles of minimal filtering, which multiplies less
+/// and rounds otherwise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Winograd {
+    /// Each shape of a convolution takes what is quickest when it is first met: directly or by tiles. The environment
+    /// variable `ROOFBENCH_WINOGRAD` chooses instead where it is `never`, `2` or `4`.
+    #[default]
+    Measured,
+    /// Directly.
+    Never,
+    /// By tiles of 2 × 2 output pixels, 2.25 times fewer multiplications.
+    Two,
+    /// By tiles of 4 × 4 output pixels, 4 times fewer multiplications.
+    Four,
+}
+
+impl Winograd {
+    /// That of this thread's options and the environment.
+    pub(crate) fn current() -> Self {
+        static VARIABLE: OnceLock<Winograd> = OnceLock::new();
+        let variable = || match std::env::var("ROOFBENCH_WINOGRAD").as_deref() {
+            Ok("never") => Self::Never,
+            Ok("2") => Self::Two,
+            Ok("4") => Self::Four,
+            _ => Self::Measured,
+        };
+        match current().winograd {
+            Self::Measured => *VARIABLE.get_or_init(variable),
+            chosen => chosen,
+        }
+    }
 }
 
 impl Default for Options {
@@ -48,15 +90,20 @@ impl Default for Options {
             precision: Precision::Native,
             bf16_products: None,
             fused_attention: true,
+            winograd: Winograd::Measured,
             class_token_only: true,
             sizes_only: false,
+            shared_pictures: true,
+            tiled_features: true,
+            overlapped_decoding: true,
         }
     }
 }
 
 impl Options {
     /// Makes the choice `name` (`packed-weights`, `weights-q8`, `weights-q4`, `bf16-products`, `fused-attention`,
-    /// `class-token-only`); a name that is none of these changes nothing.
+    /// `winograd`, `class-token-only`, `shared-pictures`, `tiled-features`, `overlapped-decoding`); a name that is none of these
+    /// changes nothing.
     pub fn switch(&mut self, name: &str, on: bool) {
         let precision = |precision| if on { precision } else { Precision::Native };
         match name {
@@ -65,7 +112,11 @@ impl Options {
             "weights-q4" if on || self.precision == Precision::Q4 => self.precision = precision(Precision::Q4),
             "bf16-products" => self.bf16_products = Some(on),
             "fused-attention" => self.fused_attention = on,
+            "winograd" => self.winograd = if on { Winograd::Measured } else { Winograd::Never },
             "class-token-only" => self.class_token_only = on,
+            "shared-pictures" => self.shared_pictures = on,
+            "tiled-features" => self.tiled_features = on,
+            "overlapped-decoding" => self.overlapped_decoding = on,
             _ => {}
         }
     }

@@ -6,7 +6,6 @@ use roofbench_core::record::{Measurement, Outcome, Record};
 use roofbench_core::sustain::Sustained;
 
 use crate::format::{self, NONE};
-use crate::row::phase_name;
 use crate::table::empty_table;
 
 /// Columns of a profile.
@@ -22,7 +21,7 @@ pub(crate) fn profile_line(profile: &Profile, one: &Operator, derived: &Derived)
     };
     let position = derived.ceiling.as_ref().ok().and_then(|ceiling| ceiling.place(one.cost, seconds).ok());
     [
-        phase_name(one.phase).to_owned(),
+        one.phase.name().to_owned(),
         one.operator.clone(),
         one.count.to_string(),
         format::seconds(seconds),

@@ -3,9 +3,7 @@
 use roofbench_core::meters::Quantity;
 use roofbench_core::metrics;
 use roofbench_core::record::{Outcome, Record};
-use roofbench_core::session::Engine;
-
-use crate::row::phase_name;
+use roofbench_core::session::Phase;
 
 const HEADER: &str = "started_at,family,cell,checkpoint,class,engine,device,dtype,threads,status,metric,phase,statistic,\
                       value,unit,provenance,note\r\n";
@@ -17,10 +15,6 @@ pub fn csv(records: &[Record]) -> String {
     for record in records {
         let subject = &record.subject;
         let settings = &record.settings;
-        let engine = match subject.engine {
-            Engine::Roofbench => "roofbench",
-            Engine::CandleTransformers => "candle-transformers",
-        };
         let threads = settings.threads().map(|threads| threads.to_string()).unwrap_or_default();
         let identity = [
             &record.started_at,
@@ -28,7 +22,7 @@ pub fn csv(records: &[Record]) -> String {
             &subject.cell.name,
             &subject.checkpoint,
             &subject.class,
-            engine,
+            subject.engine.name(),
             settings.device().unwrap_or_default(),
             settings.dtype().unwrap_or_default(),
             &threads,
@@ -50,7 +44,7 @@ pub fn csv(records: &[Record]) -> String {
                     line([
                         "measured",
                         value.metric,
-                        value.phase.map(phase_name).unwrap_or_default(),
+                        value.phase.map(Phase::name).unwrap_or_default(),
                         value.statistic.as_deref().unwrap_or_default(),
                         &value.quantity.value().map(|value| value.to_string()).unwrap_or_default(),
                         &value.unit,

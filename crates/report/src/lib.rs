@@ -10,6 +10,7 @@
 //! ```
 
 mod behind;
+mod comparison;
 mod coverage;
 mod csv;
 mod format;
@@ -19,6 +20,7 @@ mod row;
 mod table;
 
 pub use behind::details;
+pub use comparison::{comparison_junit, comparison_markdown, comparison_table};
 pub use coverage::{CoverageRow, State, coverage, coverage_table};
 pub use csv::csv;
 pub use html::html;

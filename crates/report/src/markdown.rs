@@ -5,7 +5,7 @@ use roofbench_core::record::Record;
 
 use crate::coverage::{State, coverage};
 use crate::format;
-use crate::row::{Row, Rows, machine_key};
+use crate::row::{Row, Rows};
 
 /// Machine, results, phases under the roofline, what is missing and why, warnings, and coverage of `families`.
 pub fn markdown(records: &[Record], families: &[&str]) -> String {
@@ -38,13 +38,30 @@ pub fn markdown(records: &[Record], families: &[&str]) -> String {
         section(
             &mut text,
             "Phases under the roofline",
-            &["cell", "phase", "time", "FLOP/s", "B/s", "FLOP/B", "MFU", "MBU", "% of roofline", "bound"],
+            &[
+                "cell",
+                "phase",
+                "time",
+                "share",
+                "bytes",
+                "energy",
+                "FLOP/s",
+                "B/s",
+                "FLOP/B",
+                "MFU",
+                "MBU",
+                "% of roofline",
+                "bound",
+            ],
             measured.iter().flat_map(|row| {
                 row.phases().into_iter().map(|p| {
                     vec![
                         row.label.clone(),
                         p.phase.to_owned(),
                         p.time,
+                        p.share,
+                        p.bytes,
+                        p.energy,
                         p.flops,
                         p.bandwidth,
                         p.intensity,
@@ -82,7 +99,7 @@ pub fn markdown(records: &[Record], families: &[&str]) -> String {
     text
 }
 
-fn section(text: &mut String, title: &str, header: &[&str], rows: impl Iterator<Item = Vec<String>>) {
+pub(crate) fn section(text: &mut String, title: &str, header: &[&str], rows: impl Iterator<Item = Vec<String>>) {
     text.push_str(&format!("\n## {title}\n\n| {} |\n|{}\n", header.join(" | "), "---|".repeat(header.len())));
     for row in rows {
         let fields: Vec<String> = row.iter().map(|field| escape(field)).collect();
@@ -95,7 +112,7 @@ pub(crate) fn machines<'a>(rows: &[Row<'a>]) -> Vec<&'a Machine> {
     let mut machines: Vec<&Machine> = Vec::new();
     for row in rows {
         let machine = &row.record.machine;
-        match machines.iter_mut().find(|known| machine_key(known) == machine_key(machine)) {
+        match machines.iter_mut().find(|known| known.name() == machine.name()) {
             // the one with peaks says more
             Some(known) if known.peaks.is_none() => *known = machine,
             Some(_) => {}
@@ -150,7 +167,7 @@ pub(crate) fn machine_facts(machine: &Machine) -> Vec<(&'static str, String)> {
 }
 
 /// Text that can't leave its cell or become markup.
-fn escape(text: &str) -> String {
+pub(crate) fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {
         match c {

@@ -2,44 +2,25 @@
 
 use std::collections::BTreeMap;
 
-use roofbench_core::hardware::Machine;
 use roofbench_core::meters::Quantity;
 use roofbench_core::metrics::{self, Derived};
 use roofbench_core::optimize::DecidedBy;
 use roofbench_core::record::{Outcome, Record};
-use roofbench_core::session::{Engine, Phase};
 
 use crate::format::{self, NONE};
 
-/// Settings asked for that say how long to sample, and not what: a longer run of the same cell takes the place of a quick one.
-const SAMPLING: [&str; 8] =
-    ["quick", "target", "min-samples", "max-samples", "min-time", "max-time", "profile", "sustain"];
-
-/// The latest record of every cell (same machine, checkpoint, class, engine and settings asked for, other than those of
-/// sampling), in the order of their first appearance.
+/// The latest record of every cell ([`Record::identity`]), in the order of their first appearance.
 pub fn latest(records: &[Record]) -> Vec<&Record> {
     let mut places = BTreeMap::new();
     let mut latest: Vec<&Record> = Vec::new();
     for record in records {
-        let subject = &record.subject;
-        let identity = (
-            machine_key(&record.machine),
-            subject.label(),
-            (&subject.checkpoint, &subject.class, subject.engine),
-            record.settings.requested.iter().filter(|(name, _)| !SAMPLING.contains(&name.as_str())).collect::<Vec<_>>(),
-        );
-        let place = *places.entry(identity).or_insert(latest.len());
+        let place = *places.entry(record.identity()).or_insert(latest.len());
         match latest.get_mut(place) {
             Some(slot) => *slot = record,
             None => latest.push(record),
         }
     }
     latest
-}
-
-/// What tells machines apart.
-pub(crate) fn machine_key(machine: &Machine) -> (&str, u32, Option<u64>, &str) {
-    (&machine.cpu.model, machine.cpu.usable_threads, machine.memory.total_bytes, &machine.os.name)
 }
 
 /// A record with its derived numbers.
@@ -63,10 +44,7 @@ pub(crate) struct Rows<'a> {
 /// The settings that a reader looks for first, of one record: engine, type, threads, device.
 fn settings(record: &Record) -> [Option<String>; 4] {
     let settings = &record.settings;
-    let engine = match record.subject.engine {
-        Engine::Roofbench => "roofbench",
-        Engine::CandleTransformers => "candle-transformers",
-    };
+    let engine = record.subject.engine.name();
     let threads = settings.threads().map(|n| format!("{n} thread{}", if n == 1 { "" } else { "s" }));
     // with the form of the weights, and what a user chose
     let choices = settings.optimizations.remarkable().into_iter().map(|switch| format!(" {switch}"));
@@ -156,19 +134,25 @@ impl<'a> Rows<'a> {
     }
 }
 
-pub(crate) fn phase_name(phase: Phase) -> &'static str {
-    match phase {
-        Phase::Forward => "forward",
-        Phase::Prefill => "prefill",
-        Phase::Decode => "decode",
-    }
+/// Joules in a line for each sensor.
+fn by_sensor<'a>(joules: impl Iterator<Item = (&'a String, &'a Quantity)>) -> String {
+    let line = |(sensor, joules): (&String, &Quantity)| {
+        format!("{} ({sensor})", format::quantity(joules, |value| format::si(value, "J")))
+    };
+    let lines: Vec<String> = joules.map(line).collect();
+    if lines.is_empty() { NONE.to_owned() } else { lines.join("\n") }
 }
 
 /// One line of a phase table.
 pub(crate) struct PhaseRow {
     pub(crate) phase: &'static str,
     pub(crate) time: String,
+    /// Of the whole call's time.
+    pub(crate) share: String,
+    /// Of one call, by sensor.
+    pub(crate) energy: String,
     pub(crate) flops: String,
+    pub(crate) bytes: String,
     pub(crate) bandwidth: String,
     pub(crate) intensity: String,
     pub(crate) mfu: String,
@@ -222,14 +206,13 @@ impl Row<'_> {
     pub(crate) fn energy(&self) -> String {
         self.with(|d| {
             let known = d.energy.iter().filter(|energy| energy.per_unit.value().is_some());
-            let lines: Vec<String> = known
-                .map(|energy| {
-                    let number = format::quantity(&energy.per_unit, |value| format::si(value, "J"));
-                    format!("{number} ({})", energy.sensor)
-                })
-                .collect();
-            if lines.is_empty() { NONE.to_owned() } else { lines.join("\n") }
+            by_sensor(known.map(|energy| (&energy.sensor, &energy.per_unit)))
         })
+    }
+
+    /// It has phases for its components.
+    pub(crate) fn has_components(&self) -> bool {
+        self.derived.as_ref().is_some_and(|derived| derived.phases.iter().any(|result| result.phase.is_component()))
     }
 
     fn with(&self, show: impl Fn(&Derived) -> String) -> String {
@@ -243,9 +226,12 @@ impl Row<'_> {
             let position = result.position.as_ref().ok();
             let intensity = result.cost.arithmetic_intensity();
             PhaseRow {
-                phase: phase_name(result.phase),
+                phase: result.phase.name(),
                 time: format::median(&result.seconds),
+                share: format::percent(result.seconds.median / derived.latency.median),
+                energy: by_sensor(result.energy.iter().map(|(sensor, joules)| (sensor, joules))),
                 flops: format::si(result.flops(), "FLOP/s"),
+                bytes: format::si(result.cost.bytes() as f64, "B"),
                 bandwidth: format::si(result.bandwidth(), "B/s"),
                 intensity: intensity.map_or_else(|| NONE.to_owned(), format::significant),
                 mfu: ratio(result.mfu),
@@ -281,7 +267,7 @@ impl Row<'_> {
         let unplaced = derived.phases.iter().filter(|_| derived.ceiling.is_ok());
         let unplaced = unplaced.filter_map(|r| Some((r.phase, r.position.as_ref().err()?)));
         let untimed = derived.gaps.iter().map(|(phase, reason)| (*phase, reason));
-        reasons.extend(unplaced.chain(untimed).map(|(phase, reason)| format!("{}: {reason}", phase_name(phase))));
+        reasons.extend(unplaced.chain(untimed).map(|(phase, reason)| format!("{}: {reason}", phase.name())));
         if let Quantity::Unavailable { reason } = &derived.peak_rss {
             reasons.push(format!("peak memory: {reason}"));
         }

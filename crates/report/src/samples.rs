@@ -2,7 +2,9 @@
 
 use serde_json::json;
 
+use roofbench_core::cost::{Cost, PhaseCost};
 use roofbench_core::record::{Outcome, Record};
+use roofbench_core::session::Phase;
 
 /// BERT in f32 on 2 threads, `count` calls of 40 ms: 2 GFLOP in 50 MB, half of the 100 GFLOP/s that the machine reaches.
 pub(crate) fn bert(count: usize) -> Record {
@@ -109,6 +111,21 @@ pub(crate) fn behind() -> Record {
          "reason": "no temperature sensor"},
     ]});
     measurement.sustained = serde_json::from_value(sustained).unwrap();
+    record
+}
+
+/// LLaVA: a vision tower of 25 ms and a projector of 5 ms before the prefill of [`llama`].
+pub(crate) fn llava() -> Record {
+    let mut record = llama();
+    record.subject.family = "llava".into();
+    let Outcome::Measured(measurement) = &mut record.outcome else { unreachable!("it is measured") };
+    let before = [(Phase::Vision, 25_000_000), (Phase::Projector, 5_000_000)];
+    for sample in &mut measurement.samples {
+        sample.phases.splice(0..0, before);
+        sample.total_ns += 30_000_000;
+    }
+    let cost = Cost { flops: 1_000_000_000, weight_bytes: 10_000_000, ..Cost::default() };
+    measurement.cost.splice(0..0, before.map(|(phase, _)| PhaseCost { phase, repeats: 1, cost }));
     record
 }
 

@@ -4,7 +4,7 @@ use comfy_table::{ContentArrangement, Table, presets};
 use roofbench_core::record::Record;
 
 use crate::format::NONE;
-use crate::row::{PhaseRow, Rows};
+use crate::row::{PhaseRow, Row, Rows};
 
 /// Columns that a terminal must have for a table to be fitted into it.
 const NARROWEST: u16 = 60;
@@ -21,8 +21,8 @@ pub fn empty_table(header: &[&str]) -> Table {
     table
 }
 
-/// Cells with latency (p50 and its 95 % interval), throughput, peak memory, energy, and each phase under the roofline; then
-/// why numbers are missing, and warnings.
+/// Cells with latency (p50 and its 95 % interval), throughput, peak memory, energy, and each phase under the roofline, with
+/// its time where a cell has phases for its components; then why numbers are missing, and warnings.
 pub fn table(records: &[Record]) -> String {
     if records.is_empty() {
         return "no records\n".to_owned();
@@ -33,7 +33,12 @@ pub fn table(records: &[Record]) -> String {
     if measured_energy {
         header.push("energy/unit");
     }
-    header.extend(["phase", "FLOP/s", "% of roofline", "bound"]);
+    let with_components = rows.rows.iter().any(Row::has_components);
+    header.push("phase");
+    if with_components {
+        header.extend(["time", "share"]);
+    }
+    header.extend(["FLOP/s", "% of roofline", "bound"]);
     let mut table = empty_table(&header);
     for row in &rows.rows {
         let phases = row.phases();
@@ -42,8 +47,11 @@ pub fn table(records: &[Record]) -> String {
         if measured_energy {
             line.push(row.energy());
         }
+        line.push(column(|phase| phase.phase.to_owned()));
+        if with_components {
+            line.extend([column(|phase| phase.time.clone()), column(|phase| phase.share.clone())]);
+        }
         line.extend([
-            column(|phase| phase.phase.to_owned()),
             column(|phase| phase.flops.clone()),
             column(|phase| phase.attained.clone()),
             column(|phase| phase.bound.clone()),
@@ -81,6 +89,15 @@ mod tests {
         }
         assert!(text.contains("prefill") && text.contains("decode") && text.contains("memory-bound"), "{text}");
         assert!(text.contains("warning (load)"), "{text}");
+    }
+
+    #[test]
+    fn components_show_where_the_time_goes() {
+        assert!(!table(&[samples::llama()]).contains("share"));
+        let text = table(&[samples::llava()]);
+        for expected in ["vision", "25.0 ms", "14 %", "projector", "prefill", "share"] {
+            assert!(text.contains(expected), "{expected} is not in\n{text}");
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! This crate deliberately does not know how a measurement is made, where a report goes, or any picture: it reads audio
 //! files ([`audio`]), prepares them as a checkpoint's own config says ([`preprocess`]), builds the model that config.json
-//! describes, puts it behind [`Session`], and reads the text of a CTC head's answer ([`ctc`]).
+//! describes, puts it behind [`Session`], and says what comes of it in text, tables and sound ([`tasks`]).
 //!
 //! A wav2vec 2.0 of a few thousand weights, made up from a seed, listens to a tone:
 //!
@@ -54,6 +54,9 @@ pub mod fbank;
 pub mod models;
 pub mod preprocess;
 pub mod sinc;
+pub mod tasks;
+pub mod tokenize;
+pub mod tuning;
 
 pub use candle_core;
 pub use roofbench_core::classify;
@@ -63,12 +66,13 @@ use roofbench_core::optimize::{Model, Optimization, Plan};
 pub use roofbench_core::session::{
     Arguments, Call, Engine, ModelSpec, Observer, Phase, Processor, Session, SessionError, Tensors, Unobserved,
 };
+use roofbench_core::task::{RawInputs, Task};
 pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, WeightsError};
 pub use roofbench_core::{hardware, optimize};
 pub use roofbench_nn::options;
 pub use serde_json;
 
-use models::{encodec, hubert, speecht5, unispeech, wav2vec2, wavlm, whisper};
+use models::{encodec, hubert, speecht5, unispeech, upstream, wav2vec2, wavlm, whisper};
 use roofbench_core::config;
 
 /// The families of the catalog that this crate runs.
@@ -89,13 +93,18 @@ pub fn classes(family: &str) -> &'static [&'static str] {
 }
 
 /// The hardware-aware optimisations of `family`; none for a family that is not one of [`FAMILIES`].
-pub fn optimizations(family: &str) -> &'static [&'static Optimization] {
-    if FAMILIES.contains(&family) { optimize::COMMON } else { &[] }
+pub fn optimizations(family: &str) -> Vec<&'static Optimization> {
+    let own: &[&'static Optimization] = match family {
+        "encodec" | "whisper" => &[&tuning::OVERLAPPED_DECODING],
+        family if FAMILIES.contains(&family) => &[&tuning::TILED_FEATURES, &tuning::OVERLAPPED_DECODING],
+        _ => return Vec::new(),
+    };
+    optimize::COMMON.iter().chain(own).copied().collect()
 }
 
 /// What to do for `model` on `machine`, by the rules of [`optimizations`], each with its reason.
 pub fn apply_hardware_optimizations(machine: &Machine, model: &Model) -> Plan {
-    Plan::decide(optimizations(&model.spec.family), machine, model)
+    Plan::decide(&optimizations(&model.spec.family), machine, model)
 }
 
 /// How published checkpoints of `spec` name the tensors that [`load`] asks for, for [`Weights::open`].
@@ -127,13 +136,10 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
         ("wavlm", Engine::Roofbench) => Ok(Box::new(wavlm::load(spec, vb)?)),
         ("unispeech", Engine::Roofbench) => Ok(Box::new(unispeech::load(spec, vb)?)),
         ("whisper", Engine::Roofbench) => Ok(Box::new(whisper::WhisperModel::load(spec, vb)?)),
-        ("speecht5", Engine::Roofbench) => speecht5::load(spec, vb),
+        ("speecht5", Engine::Roofbench) => speecht5::load(spec, weights, vb),
         ("encodec", Engine::Roofbench) => Ok(Box::new(encodec::EncodecModel::load(spec, vb)?)),
-        (family @ ("encodec" | "whisper"), Engine::CandleTransformers) => Err(SessionError::UnsupportedEngine {
-            family: family.to_owned(),
-            reason: "the model of candle-transformers has other calls than the class; use --engine roofbench"
-                .to_owned(),
-        }),
+        ("whisper", Engine::CandleTransformers) => Ok(Box::new(upstream::Whisper::load(spec, vb)?)),
+        ("encodec", Engine::CandleTransformers) => Ok(Box::new(upstream::Encodec::load(spec, vb)?)),
         (family, Engine::CandleTransformers) if FAMILIES.contains(&family) => Err(SessionError::UnsupportedEngine {
             family: family.to_owned(),
             reason: "candle-transformers has no model of it; use --engine roofbench".to_owned(),
@@ -161,16 +167,41 @@ pub fn processor(family: &str, configs: &BTreeMap<String, Value>) -> Result<Box<
     if !FAMILIES.contains(&family) {
         return Err(unknown_family(family));
     }
-    let Some(config) = configs.get("preprocessor_config.json") else {
-        let reason = "the file is missing; the repository of a checkpoint has it beside config.json".to_owned();
-        return Err(SessionError::Preprocessor { field: ".".to_owned(), reason });
-    };
+    let config = preprocessor_config(configs)?;
     Ok(match family {
         "encodec" => Box::new(preprocess::EncodecProcessor::from_config(config)?),
         "whisper" => Box::new(preprocess::WhisperProcessor::from_config(config)?),
         "speecht5" => Box::new(preprocess::SpeechT5Processor::from_config(config)?),
         _ => Box::new(preprocess::WaveformProcessor::from_config(config)?),
     })
+}
+
+fn preprocessor_config(configs: &BTreeMap<String, Value>) -> Result<&Value, SessionError> {
+    configs.get("preprocessor_config.json").ok_or_else(|| {
+        let reason = "the file is missing; the repository of a checkpoint has it beside config.json".to_owned();
+        SessionError::Preprocessor { field: ".".to_owned(), reason }
+    })
+}
+
+/// The kinds of raw inputs that `family` takes; none for a family that is not one of [`FAMILIES`].
+pub fn raw_inputs(family: &str) -> &'static [&'static str] {
+    match family {
+        // its classes speak or listen
+        "speecht5" => &["text", "audio"],
+        family if FAMILIES.contains(&family) => &["audio"],
+        _ => &[],
+    }
+}
+
+/// What people use the checkpoint of `spec` for, with the raw inputs that they gave.
+///
+/// # Errors
+/// Inputs that the family has no use for, or files of the checkpoint that are missing or malformed.
+pub fn task(spec: &ModelSpec, weights: &Weights, raw: RawInputs) -> Result<Box<dyn Task>, SessionError> {
+    match FAMILIES.contains(&spec.family.as_str()) {
+        true => tasks::task(spec, weights, raw),
+        false => Err(unknown_family(&spec.family)),
+    }
 }
 
 fn unknown_family(family: &str) -> SessionError {

@@ -13,11 +13,11 @@ use std::error::Error;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use roofbench_text::candle_core::{DType, Device, Tensor};
+use roofbench_text::candle_core::{Device, Tensor};
 use roofbench_text::serde_json::{Value, json};
 use roofbench_text::tasks::{cosine_similarities, embed};
 use roofbench_text::tokenize::Tokenizer;
-use roofbench_text::{Engine, HubOptions, ModelSpec, Source, Tensors, Weights, aliases, load};
+use roofbench_text::{HubOptions, ModelSpec, Source, Tensors, Weights, aliases, load};
 
 const SENTENCES: [&str; 4] = [
     "A small harbour town wakes to the sound of gulls.",
@@ -40,15 +40,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         Some(path) => Source::Local { path: path.clone() },
         None => Source::Synthetic { seed: 0 },
     };
-    let mut spec = ModelSpec {
-        family: "bert".into(),
-        class: "BertModel".into(),
-        config: Value::Null,
-        extra_configs: Default::default(),
-        dtype: DType::F32,
-        device: Device::Cpu,
-        engine: Engine::Roofbench,
-    };
+    let mut spec = ModelSpec::new("bert", "BertModel", Value::Null);
     let start = Instant::now();
     let weights = Weights::open(&source, aliases(&spec), &spec.class, &HubOptions::default())?;
     let inputs = match &folder {

@@ -4,23 +4,16 @@
 //! weights itself. It is complete alone: what a caller needs of roofbench's other crates is re-exported here.
 //!
 //! ```
-//! use roofbench_text::candle_core::{DType, Device, Tensor};
+//! use roofbench_text::candle_core::{Device, Tensor};
 //! use roofbench_text::serde_json::json;
-//! use roofbench_text::{Call, Engine, HubOptions, ModelSpec, Source, Unobserved, Weights, aliases, load};
+//! use roofbench_text::{Call, HubOptions, ModelSpec, Source, Unobserved, Weights, aliases, load};
 //!
 //! // config.json of a tiny BERT; a real one comes from `weights.config()`
-//! let spec = ModelSpec {
-//!     family: "bert".into(),
-//!     class: "BertForSequenceClassification".into(),
-//!     config: json!({
-//!         "vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
-//!         "intermediate_size": 16, "max_position_embeddings": 16, "type_vocab_size": 2, "num_labels": 3,
-//!     }),
-//!     extra_configs: Default::default(),
-//!     dtype: DType::F32,
-//!     device: Device::Cpu,
-//!     engine: Engine::Roofbench,
-//! };
+//! let config = json!({
+//!     "vocab_size": 30, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+//!     "intermediate_size": 16, "max_position_embeddings": 16, "type_vocab_size": 2, "num_labels": 3,
+//! });
+//! let spec = ModelSpec::new("bert", "BertForSequenceClassification", config);
 //! // `Source::Local` opens a checkpoint folder, `Source::Hub` a repository
 //! let source = Source::Synthetic { seed: 0 };
 //! let weights = Weights::open(&source, aliases(&spec), &spec.class, &HubOptions::default())?;
@@ -50,6 +43,7 @@ use roofbench_core::optimize::{Model, Optimization, Plan};
 pub use roofbench_core::session::{
     Arguments, Call, Engine, ModelSpec, Observer, Phase, Session, SessionError, Tensors, Unobserved,
 };
+use roofbench_core::task::{RawInputs, Task};
 pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, WeightsError};
 pub use roofbench_core::{hardware, optimize};
 pub use roofbench_nn::options;
@@ -86,20 +80,11 @@ pub fn optimizations(family: &str) -> &'static [&'static Optimization] {
 /// What to do for `model` on `machine`, by the rules of [`optimizations`], each with its reason.
 ///
 /// ```
-/// use roofbench_text::candle_core::{DType, Device};
 /// use roofbench_text::optimize::Model;
 /// use roofbench_text::options::{self, Options};
-/// use roofbench_text::{Engine, ModelSpec, apply_hardware_optimizations, hardware};
+/// use roofbench_text::{ModelSpec, apply_hardware_optimizations, hardware};
 ///
-/// let spec = ModelSpec {
-///     family: "bert".into(),
-///     class: "BertModel".into(),
-///     config: Default::default(),
-///     extra_configs: Default::default(),
-///     dtype: DType::F32,
-///     device: Device::Cpu,
-///     engine: Engine::Roofbench,
-/// };
+/// let spec = ModelSpec::new("bert", "BertModel", Default::default());
 /// let model = Model { spec: &spec, weight_bytes: Some(438_000_000), threads: 1, generates: false };
 /// let plan = apply_hardware_optimizations(&hardware::probe(), &model);
 /// assert!(plan.is_on("packed-weights"));
@@ -182,6 +167,19 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
 pub fn cost(spec: &ModelSpec, call: &Call) -> Result<Outline, SessionError> {
     let sizes_only = options::Options { sizes_only: true, ..options::current() };
     options::with(sizes_only, || Outline::of(spec, call, aliases(spec), load))
+}
+
+/// The kinds of raw inputs that `family` takes; none for a family that is not one of [`FAMILIES`].
+pub fn raw_inputs(family: &str) -> &'static [&'static str] {
+    if FAMILIES.contains(&family) { &["text"] } else { &[] }
+}
+
+/// What people use the checkpoint of `spec` for, with the texts that they gave: see [`tasks`].
+///
+/// # Errors
+/// Other inputs than texts, or no tokenizer.json beside `weights`.
+pub fn task(spec: &ModelSpec, weights: &Weights, raw: RawInputs) -> Result<Box<dyn Task>, SessionError> {
+    tasks::task(spec, weights, raw)
 }
 
 /// A decoder-only model behind the calls of its class.

@@ -1,8 +1,15 @@
-//! What people do with a text model's tensors: sentence embeddings and how alike they are, words for masks, generated
+//! What people do with a text model: sentence embeddings and how alike they are, words for masks, labels, generated
 //! texts.
 
-use candle_core::{D, DType, Tensor};
-use roofbench_core::session::{Call, Session, SessionError, Tensors, Unobserved};
+use candle_core::{DType, Device, Tensor};
+use roofbench_core::classify;
+use roofbench_core::embeddings;
+pub use roofbench_core::embeddings::{cosine_similarities, normalize};
+use roofbench_core::generation;
+use roofbench_core::session::{Call, ModelSpec, Session, SessionError, Tensors, Unobserved};
+use roofbench_core::task::{self, Answer, RawInputs, Task};
+use roofbench_core::weights::Weights;
+use serde_json::Value;
 
 use crate::tokenize::Tokenizer;
 
@@ -58,31 +65,6 @@ pub fn mean_pool(hidden: &Tensor, mask: &Tensor) -> candle_core::Result<Tensor> 
     sum.broadcast_div(&count)
 }
 
-/// Rows of `x` (n, width) at unit Euclidean length; a row of zeros stays.
-///
-/// # Errors
-/// From candle.
-pub fn normalize(x: &Tensor) -> candle_core::Result<Tensor> {
-    let length = x.sqr()?.sum_keepdim(D::Minus1)?.sqrt()?.maximum(1e-12)?;
-    x.broadcast_div(&length)
-}
-
-/// Cosine of the angle between every two rows of `x` (n, width): (n, n), in [-1, 1].
-///
-/// # Errors
-/// From candle.
-///
-/// ```
-/// use roofbench_text::{candle_core::{Device, Tensor}, tasks::cosine_similarities};
-/// let x = Tensor::new(&[[3f32, 0.], [3., 4.]], &Device::Cpu)?;
-/// assert_eq!(cosine_similarities(&x)?.to_vec2::<f32>()?, [[1., 0.6], [0.6, 1.]]);
-/// # Ok::<_, roofbench_text::candle_core::Error>(())
-/// ```
-pub fn cosine_similarities(x: &Tensor) -> candle_core::Result<Tensor> {
-    let x = normalize(x)?;
-    x.matmul(&x.t()?)
-}
-
 /// A word, and how likely a masked language model takes it to be.
 pub type Filling = (String, f32);
 
@@ -132,6 +114,135 @@ pub fn generated(tokenizer: &Tokenizer, sequences: &Tensor, start: usize) -> Res
     rows.iter().map(|row| tokenizer.decode(row.get(start..).unwrap_or_default())).collect()
 }
 
+/// The tokenizer of a checkpoint.
+///
+/// # Errors
+/// The weights have no `tokenizer.json` beside them, or it can't be read.
+pub fn tokenizer(weights: &Weights) -> Result<Tokenizer, SessionError> {
+    let path = weights.file("tokenizer.json").ok_or_else(|| {
+        let source = weights.describe().source;
+        SessionError::input(
+            "--text",
+            format!("{source} has no tokenizer.json, which turns text into tokens; put it beside the weights"),
+        )
+    })?;
+    Tokenizer::from_file(path)
+}
+
+/// Tokens generated for a text when `max_new_tokens` is not given.
+const NEW_TOKENS: u64 = 32;
+
+/// A text model's task: what its class gives decides the answer.
+struct TextTask {
+    raw: RawInputs,
+    tokenizer: Tokenizer,
+    device: Device,
+    config: Value,
+    generates: bool,
+    /// What a reader should know of the answer.
+    note: Option<String>,
+    has_segments: bool,
+}
+
+/// The task of `spec` for texts: similarities of sentences (a base class), words for masks (a masked language model),
+/// labels (a classifier), or what follows (a class that generates).
+///
+/// # Errors
+/// Other inputs than texts, or no tokenizer beside `weights`.
+pub fn task(spec: &ModelSpec, weights: &Weights, raw: RawInputs) -> Result<Box<dyn Task>, SessionError> {
+    let mut raw = raw;
+    raw.expect(&spec.family, &["text"])?;
+    let tokenizer = tokenizer(weights)?;
+    let generates =
+        ["ForCausalLM", "LMHeadModel", "ForConditionalGeneration"].iter().any(|end| spec.class.ends_with(end));
+    let mut note = None;
+    if generates {
+        raw.arguments.entry("max_new_tokens").or_insert(NEW_TOKENS.into());
+        note = generation::without_beams(spec, &mut raw.arguments);
+    }
+    Ok(Box::new(TextTask {
+        note,
+        raw,
+        tokenizer,
+        device: spec.device.clone(),
+        config: spec.config.clone(),
+        generates,
+        // decoders and encoder-decoders have no segments
+        has_segments: spec.family == "bert",
+    }))
+}
+
+impl Task for TextTask {
+    fn preparation(&self) -> &'static str {
+        "tokenization"
+    }
+
+    fn call(&self) -> Result<Call, SessionError> {
+        let mut inputs = self.tokenizer.encode(&self.raw.texts, &self.device)?;
+        if !self.has_segments {
+            inputs.remove("token_type_ids");
+        }
+        let method = if self.generates { "generate" } else { "forward" };
+        Ok(Call { method: method.to_owned(), inputs, arguments: self.raw.arguments.clone() })
+    }
+
+    fn amount(&self, call: &Call, outputs: &Tensors) -> Result<Option<f64>, SessionError> {
+        let (Some(ids), Some(sequences)) = (call.inputs.get("input_ids"), outputs.get("sequences")) else {
+            return Ok(None);
+        };
+        let (batch, length) = sequences.dims2()?;
+        Ok(Some((batch * (length - self.prompt_length(ids)?)) as f64))
+    }
+
+    fn answer(&self, call: &Call, outputs: &Tensors, _: &mut dyn Session) -> Result<Vec<Answer>, SessionError> {
+        /// Labels or words shown for each text or mask.
+        const TOP: usize = 5;
+        let names: Vec<String> = self.raw.texts.iter().map(|text| task::shortened(text)).collect();
+        let Some(ids) = call.inputs.get("input_ids") else { return Ok(Vec::new()) };
+        if let Some(sequences) = outputs.get("sequences") {
+            let texts = generated(&self.tokenizer, sequences, self.prompt_length(ids)?)?;
+            let rows = names.into_iter().zip(texts).map(|(name, text)| vec![name, text.trim().to_owned()]);
+            let table = Answer::table(&["input", "generated"], rows.collect());
+            return Ok([table].into_iter().chain(self.note.clone().map(Answer::Text)).collect());
+        }
+        let answer = match (outputs.get("logits"), outputs.get("last_hidden_state"), call.inputs.get("attention_mask"))
+        {
+            (Some(logits), ..) if logits.rank() == 2 => Some(classify::table(&names, logits, &self.config, TOP)?),
+            (Some(logits), ..) if logits.rank() == 3 => {
+                fillings_table(&names, &fill_mask(&self.tokenizer, ids, logits, TOP)?)
+            }
+            (_, Some(hidden), Some(mask)) if names.len() > 1 && hidden.rank() == 3 => {
+                let pooled = mean_pool(&hidden.to_dtype(DType::F32)?, mask)?;
+                Some(embeddings::table(&names, &pooled)?)
+            }
+            _ => None,
+        };
+        Ok(answer.into_iter().collect())
+    }
+}
+
+impl TextTask {
+    /// Tokens at the beginning of the sequences that were not generated: a decoder's prompt, or the start token.
+    fn prompt_length(&self, ids: &Tensor) -> Result<usize, SessionError> {
+        let is_decoder = self.config.get("is_encoder_decoder") != Some(&true.into());
+        Ok(if is_decoder { ids.dim(1)? } else { 1 })
+    }
+}
+
+/// The likeliest words at each mask of [`fill_mask`]; nothing where no text has one.
+pub fn fillings_table(names: &[String], fillings: &[Vec<Vec<Filling>>]) -> Option<Answer> {
+    let mut rows = Vec::new();
+    for (name, masks) in names.iter().zip(fillings) {
+        let of_masks = masks.iter().enumerate().flat_map(|(mask, words)| {
+            let words = words.iter().map(|(word, probability)| vec![word.clone(), task::percent(*probability)]);
+            task::grouped(&(mask + 1).to_string(), words)
+        });
+        rows.extend(task::grouped(name, of_masks));
+    }
+    let any = !rows.is_empty();
+    any.then(|| Answer::table(&["input", "mask", "word", "probability"], rows))
+}
+
 #[cfg(test)]
 mod tests {
     use candle_core::Device;
@@ -144,7 +255,6 @@ mod tests {
         let nothing = Tensor::zeros((1, 2), DType::I64, &Device::Cpu)?;
         let pooled = mean_pool(&hidden, &nothing)?;
         assert_eq!(pooled.to_vec2::<f32>()?, [[0.; 3]]);
-        assert_eq!(normalize(&pooled)?.to_vec2::<f32>()?, [[0.; 3]]);
         Ok(())
     }
 }

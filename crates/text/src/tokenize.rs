@@ -102,12 +102,39 @@ impl Tokenizer {
     /// # Errors
     /// A token that is none of the file's.
     pub fn decode(&self, ids: &[i64]) -> Result<String, SessionError> {
+        self.decoded(ids, true)
+    }
+
+    fn decoded(&self, ids: &[i64], skip_special: bool) -> Result<String, SessionError> {
         let ids: Vec<u32> = ids
             .iter()
             .map(|&id| u32::try_from(id))
             .collect::<Result<_, _>>()
             .map_err(|_| SessionError::input("token ids", "hold a negative number, which no token has"))?;
-        self.inner.decode(&ids, true).map_err(|error| file_error(&self.path, &error))
+        self.inner.decode(&ids, skip_special).map_err(|error| file_error(&self.path, &error))
+    }
+
+    /// The tokens of one text, cut as [`encode`](Self::encode) cuts it, with the file's special tokens around it
+    /// (`special`) or without.
+    ///
+    /// # Errors
+    /// A text that can't be tokenised.
+    pub fn ids(&self, text: &str, special: bool) -> Result<Vec<i64>, SessionError> {
+        let encoding = self.inner.encode(text, special).map_err(|error| file_error(&self.path, &error))?;
+        Ok(encoding.get_ids().iter().map(|id| i64::from(*id)).collect())
+    }
+
+    /// The number of a token as it is written in the file: `<image>`; `None` where it has no such token.
+    pub fn token_id(&self, token: &str) -> Option<i64> {
+        self.inner.token_to_id(token).map(i64::from)
+    }
+
+    /// The text of tokens, special ones as they are written in the file.
+    ///
+    /// # Errors
+    /// A token that is none of the file's.
+    pub fn decode_all(&self, ids: &[i64]) -> Result<String, SessionError> {
+        self.decoded(ids, false)
     }
 
     /// The token that stands for what a masked language model is to fill in.

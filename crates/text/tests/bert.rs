@@ -44,15 +44,7 @@ impl Case {
 }
 
 fn spec(class: &str, config: Value) -> ModelSpec {
-    ModelSpec {
-        family: "bert".into(),
-        class: class.into(),
-        config,
-        extra_configs: Default::default(),
-        dtype: DType::F32,
-        device: Device::Cpu,
-        engine: Engine::Roofbench,
-    }
+    ModelSpec::new("bert", class, config)
 }
 
 fn open(source: &Source, spec: &ModelSpec) -> Weights {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use roofbench_text::candle_core::{DType, Device, Tensor, pickle, safetensors};
 use roofbench_text::serde_json::{self, Value, json};
-use roofbench_text::{Call, Engine, HubOptions, ModelSpec, Source, Tensors, Unobserved, Weights, aliases, load};
+use roofbench_text::{Call, HubOptions, ModelSpec, Source, Tensors, Unobserved, Weights, aliases, load};
 
 /// A small checkpoint as PyTorch saved it: see data/make_tiny_bert.py.
 fn fixture() -> PathBuf {
@@ -31,15 +31,7 @@ fn matrix(json: &Value, dtype: DType) -> Tensor {
 
 /// Loads `path` as `class` and runs the fixture's inputs; every tensor of the checkpoint has to find its use.
 fn run(path: &Path, class: &str, config: Value) -> Tensors {
-    let spec = ModelSpec {
-        family: "bert".into(),
-        class: class.into(),
-        config,
-        extra_configs: Default::default(),
-        dtype: DType::F32,
-        device: Device::Cpu,
-        engine: Engine::Roofbench,
-    };
+    let spec = ModelSpec::new("bert", class, config);
     let source = Source::Local { path: path.to_path_buf() };
     let weights = Weights::open(&source, aliases(&spec), class, &HubOptions::default()).unwrap();
     let mut session = load(&spec, &weights).unwrap();

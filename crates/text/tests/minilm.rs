@@ -4,7 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
-use roofbench_text::candle_core::{DType, Device};
+use roofbench_text::candle_core::Device;
 use roofbench_text::serde_json::{self, Value};
 use roofbench_text::tasks::{cosine_similarities, embed};
 use roofbench_text::tokenize::Tokenizer;
@@ -33,15 +33,7 @@ fn sentence_similarities_agree_with_the_library() {
     let sentences: Vec<String> = serde_json::from_value(reference["sentences"].clone()).unwrap();
 
     let source = Source::Local { path: folder.clone() };
-    let mut spec = ModelSpec {
-        family: "bert".into(),
-        class: "BertModel".into(),
-        config: Value::Null,
-        extra_configs: Default::default(),
-        dtype: DType::F32,
-        device: Device::Cpu,
-        engine: Engine::Roofbench,
-    };
+    let mut spec = ModelSpec::new("bert", "BertModel", Value::Null);
     let weights = Weights::open(&source, aliases(&spec), &spec.class, &HubOptions::default()).unwrap();
     spec.config = weights.config().unwrap();
     let tokenizer = Tokenizer::from_file(folder.join("tokenizer.json")).unwrap();

@@ -4,20 +4,12 @@ use std::collections::HashMap;
 
 use roofbench_text::candle_core::{DType, Device, Tensor, safetensors};
 use roofbench_text::serde_json::{Value, json};
-use roofbench_text::{Call, Engine, HubOptions, ModelSpec, Source, Unobserved, Weights, aliases, load};
+use roofbench_text::{Call, HubOptions, ModelSpec, Source, Unobserved, Weights, aliases, load};
 
 type Stored = HashMap<String, Tensor>;
 
 fn spec(family: &str, class: &str, config: Value) -> ModelSpec {
-    ModelSpec {
-        family: family.into(),
-        class: class.into(),
-        config,
-        extra_configs: Default::default(),
-        dtype: DType::F32,
-        device: Device::Cpu,
-        engine: Engine::Roofbench,
-    }
+    ModelSpec::new(family, class, config)
 }
 
 /// Output `name` of a call of `forward` on the weights of `source`, each of which has to find its use, and these weights.

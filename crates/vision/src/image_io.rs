@@ -17,6 +17,9 @@ pub const MAX_PIXELS: u64 = 89_478_485;
 /// Bytes that a decoder may take: [`MAX_PIXELS`] of four 16-bit channels, and as much again for its own tables.
 const MAX_DECODER_BYTES: u64 = 2 * 8 * MAX_PIXELS;
 
+/// Longer files are refused: every pixel as it is in memory would be shorter.
+const MAX_FILE_BYTES: u64 = 8 * MAX_PIXELS;
+
 /// What becomes of an alpha channel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Transparency {
@@ -112,7 +115,11 @@ impl From<ImageError> for SessionError {
 pub fn load_rgb(path: &Path, transparency: Transparency) -> Result<RgbImage, ImageError> {
     let read = |source| ImageError::Read { path: path.into(), source };
     let mut bytes = Vec::new();
-    BufReader::new(File::open(path).map_err(read)?).read_to_end(&mut bytes).map_err(read)?;
+    let file = BufReader::new(File::open(path).map_err(read)?);
+    file.take(MAX_FILE_BYTES + 1).read_to_end(&mut bytes).map_err(read)?;
+    if bytes.len() as u64 > MAX_FILE_BYTES {
+        return Err(read(std::io::Error::other(format!("the file is longer than {MAX_FILE_BYTES} bytes"))));
+    }
     decode_rgb(&bytes, path, transparency)
 }
 

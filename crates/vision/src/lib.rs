@@ -50,10 +50,12 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 
 pub mod detection;
+mod draw;
 pub mod image_io;
 pub mod models;
 pub mod preprocess;
 pub mod resize;
+pub mod tasks;
 
 pub use candle_core;
 pub use image;
@@ -64,6 +66,7 @@ use roofbench_core::optimize::{Model, Optimization, Plan};
 pub use roofbench_core::session::{
     Arguments, Call, Engine, ModelSpec, Observer, Phase, Processor, Session, SessionError, Tensors, Unobserved,
 };
+use roofbench_core::task::{RawInputs, Task};
 pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, WeightsError};
 pub use roofbench_core::{hardware, optimize};
 pub use roofbench_nn::options;
@@ -93,9 +96,11 @@ pub fn optimizations(family: &str) -> Vec<&'static Optimization> {
     let common = || optimize::COMMON.iter().copied();
     match family {
         // maps and kernels alone
-        "resnet" => vec![&optimize::PACKED_WEIGHTS, &optimize::PINNED_THREADS],
+        "resnet" => vec![&optimize::PACKED_WEIGHTS, &optimize::WINOGRAD, &optimize::PINNED_THREADS],
         "convnext" => common().filter(|optimization| optimization.name != optimize::FUSED_ATTENTION.name).collect(),
         "vit" => common().chain([&vit::CLASS_TOKEN_ONLY]).collect(),
+        // a backbone of ResNet, a neck
+        "detr" | "sam" => common().chain([&optimize::WINOGRAD]).collect(),
         family if FAMILIES.contains(&family) => common().collect(),
         _ => Vec::new(),
     }
@@ -139,8 +144,9 @@ pub fn load(spec: &ModelSpec, weights: &Weights) -> Result<Box<dyn Session>, Ses
             Err(unsupported_engine(family, "candle-transformers has no such model; run it without --engine"))
         }
         ("sam", Engine::Roofbench) => Ok(Box::new(sam::SamModel::load(spec, vb)?)),
+        ("sam", Engine::CandleTransformers) => Ok(Box::new(upstream::sam::StockSam::load(spec, vb)?)),
         ("dinov2", Engine::Roofbench) => Ok(Box::new(dinov2::Dinov2Model::load(spec, vb)?)),
-        (family @ ("sam" | "dinov2"), Engine::CandleTransformers) => Err(upstream::other_names(family)),
+        ("dinov2", Engine::CandleTransformers) => Ok(Box::new(upstream::dinov2::StockDinov2::load(spec, vb)?)),
         (family, _) => Err(unknown_family(family)),
     }
 }
@@ -170,6 +176,19 @@ pub fn processor(family: &str, configs: &BTreeMap<String, Value>) -> Result<Box<
         "sam" => Box::new(preprocess::sam::SamProcessor::from_config(config)?),
         _ => Box::new(preprocess::ImageProcessor::from_config(config, family)?),
     })
+}
+
+/// The kinds of raw inputs that `family` takes; none for a family that is not one of [`FAMILIES`].
+pub fn raw_inputs(family: &str) -> &'static [&'static str] {
+    if FAMILIES.contains(&family) { &["image"] } else { &[] }
+}
+
+/// What people use the checkpoint of `spec` for, with the pictures that they gave: see [`tasks`].
+///
+/// # Errors
+/// Other inputs than pictures, or what [`processor`] refuses.
+pub fn task(spec: &ModelSpec, _weights: &Weights, raw: RawInputs) -> Result<Box<dyn Task>, SessionError> {
+    tasks::task(spec, raw)
 }
 
 /// What says how pictures are prepared among the `*config.json` files of a repository: `preprocessor_config.json`, or else

@@ -24,6 +24,9 @@ pub mod sam;
 
 use donut::Page;
 
+/// Colours of every picture that is prepared: red, green and blue.
+pub const CHANNELS: usize = 3;
+
 /// Defaults of a processor class.
 struct Kind {
     /// Its name without `ImageProcessor` or `FeatureExtractor`.

@@ -12,6 +12,7 @@ use anyhow::{Context, ensure};
 use roofbench_core::harness::alternation::{self, Contender, Process, Ratio};
 use roofbench_core::optimize::{self, Decision, Plan, Switch};
 use roofbench_core::session::Engine;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::run::Arguments;
@@ -44,11 +45,11 @@ struct Ready {
 }
 
 /// A folder for the outputs and logs of one run, gone when it ends.
-struct Scratch(PathBuf);
+pub(super) struct Scratch(pub(super) PathBuf);
 
 impl Scratch {
-    fn new() -> anyhow::Result<Self> {
-        let folder = std::env::temp_dir().join(format!("roofbench-ablate-{}", std::process::id()));
+    pub(super) fn new() -> anyhow::Result<Self> {
+        let folder = std::env::temp_dir().join(format!("roofbench-alternation-{}", std::process::id()));
         fs::create_dir_all(&folder).with_context(|| format!("making the folder {}", folder.display()))?;
         Ok(Self(folder))
     }
@@ -91,16 +92,12 @@ fn ablate(job: &Job, scratch: &Path) -> anyhow::Result<Vec<Effect>> {
         job.engine == Engine::Roofbench,
         "candle-transformers' models are run as they are; --ablate is for --engine roofbench"
     );
-    let needed = 2.0 * memory::estimate(job, &Plan::default()).total();
-    ensure!(
-        job.machine.memory.available_bytes.is_none_or(|available| needed <= available as f64),
-        "the cell would be in memory twice, which takes about {}; a smaller --checkpoint or --batch may fit",
-        ui::bytes(needed)
-    );
+    fits_twice(job)?;
     let (rounds, burst) = if job.sampling.quick { QUICK } else { STANDARD };
+    let program = std::env::current_exe().context("finding this program's own file")?;
     let case = |name: &str| scratch.join(name);
     let start = |job: &Job, name: &str| -> anyhow::Result<(Contender<Process>, Ready)> {
-        let (process, ready) = started(job, &case(name))?;
+        let (process, ready) = started(&program, job, &case(name))?;
         Ok((Contender::new(process, burst)?, ready))
     };
     eprintln!("{}: loading", job.label());
@@ -108,7 +105,8 @@ fn ablate(job: &Job, scratch: &Path) -> anyhow::Result<Vec<Effect>> {
     let exact = if job.dtype == DTypeArg::F32 && optimizations.weight_bits().is_none() {
         case("base")
     } else {
-        started(&in_f32(job), &case("f32")).context("the cell in f32, which outputs are held against")?;
+        started::<Ready>(&program, &in_f32(job), &case("f32"))
+            .context("the cell in f32, which outputs are held against")?;
         case("f32")
     };
     let of_base = sample::deviation(&exact, &case("base"))?;
@@ -128,11 +126,28 @@ fn ablate(job: &Job, scratch: &Path) -> anyhow::Result<Vec<Effect>> {
     Ok(effects)
 }
 
-/// Starts `job` as a process that keeps its outputs in `case`.
-fn started(job: &Job, case: &Path) -> anyhow::Result<(Process, Ready)> {
+/// An error when `job` would not fit in memory beside itself.
+pub(super) fn fits_twice(job: &Job) -> anyhow::Result<()> {
+    let needed = 2.0 * memory::estimate(job, &Plan::default()).total();
+    ensure!(
+        job.machine.memory.available_bytes.is_none_or(|available| needed <= available as f64),
+        "the cell would be in memory twice, which takes about {}; a smaller --checkpoint or --batch may fit",
+        ui::bytes(needed)
+    );
+    Ok(())
+}
+
+/// Starts `job` as a process of `program`, which keeps the outputs of our engine in `case`; what it says when it is ready.
+pub(super) fn started<T: DeserializeOwned>(program: &Path, job: &Job, case: &Path) -> anyhow::Result<(Process, T)> {
     let log = case.with_extension("log");
-    let mut command = Command::new(std::env::current_exe().context("finding this program's own file")?);
-    command.arg("sample").args(plan::command(job).iter().skip(1)).args([OsStr::new("--case"), case.as_os_str()]);
+    let mut command = Command::new(program);
+    command.arg("sample").args(plan::command(job).iter().skip(1));
+    if job.engine == Engine::Roofbench {
+        command.args([OsStr::new("--case"), case.as_os_str()]);
+    }
+    if let Some(percent) = job.slow_down {
+        command.args(["--slow-down", &percent.to_string()]);
+    }
     command.stderr(fs::File::create(&log).with_context(|| log.display().to_string())?);
     for variable in ["RAYON_NUM_THREADS", "CANDLE_NUM_THREADS"] {
         command.env(variable, job.threads.to_string());

@@ -1,7 +1,10 @@
 //! One file per command.
 
 pub(crate) mod ablate;
+pub(crate) mod against;
+pub(crate) mod compare;
 pub(crate) mod list;
+pub(crate) mod merge;
 pub(crate) mod predict;
 pub(crate) mod probe;
 pub(crate) mod recommend;

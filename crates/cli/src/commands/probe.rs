@@ -3,7 +3,8 @@
 use std::process::ExitCode;
 
 use anyhow::Context;
-use roofbench_core::hardware::{self, Machine, peaks};
+use roofbench_core::hardware::peaks::{self, PeaksError};
+use roofbench_core::hardware::{self, Machine};
 use serde_json::json;
 
 use crate::{models, ui};
@@ -46,15 +47,17 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Fills in the measured ceilings, from the cache where they are in it.
+/// Fills in the measured ceilings, from the cache where they are in it; an emulated CPU has none.
 ///
 /// # Errors
 /// The system refuses the memory or the threads that measuring takes.
 pub(crate) fn measure_peaks(machine: &mut Machine, refresh: bool) -> anyhow::Result<()> {
     let cache = peaks::default_cache_dir();
-    let peaks =
-        peaks::load_or_measure(cache.as_deref(), refresh, machine).context("measuring this machine's ceilings")?;
-    machine.peaks = Some(peaks);
+    match peaks::load_or_measure(cache.as_deref(), refresh, machine) {
+        Ok(peaks) => machine.peaks = Some(peaks),
+        Err(PeaksError::Emulated { .. }) => {}
+        Err(error) => return Err(error).context("measuring this machine's ceilings"),
+    }
     Ok(())
 }
 
@@ -114,7 +117,9 @@ fn facts(machine: &Machine) -> String {
 }
 
 fn ceilings(machine: &Machine) -> String {
-    let Some(peaks) = &machine.peaks else { return String::new() };
+    let Some(peaks) = &machine.peaks else {
+        return "\nceilings are not measured, nor is speed recorded: this CPU is emulated".to_owned();
+    };
     let mut table = roofbench_report::empty_table(&["ceiling", "threads", "measured", "by"]);
     for peak in &peaks.compute {
         let unit = if peak.dtype == "int8" { "GOP/s" } else { "GFLOP/s" };

@@ -8,8 +8,9 @@ use anyhow::Context;
 use roofbench_core::meters::clock;
 use roofbench_core::optimize::Switch;
 use roofbench_core::record::{Outcome, Record, StopRule, Writer};
+use serde_json::Value;
 
-use super::ablate;
+use super::{ablate, against};
 use crate::arguments::{DTypeArg, DeviceArg, EXIT_FAILED, EXIT_INTERRUPTED, EngineArg, WeightsArg};
 use crate::job::Job;
 use crate::supervise::{End, Supervisor, Told};
@@ -36,15 +37,18 @@ Examples:
                                            real weights on real text, and what comes out
   roofbench run vit --weights ./vit-base-patch16-224 --image photo.jpg
                                            real weights on a real picture: the likeliest labels
+  roofbench run detr --weights hub --image photo.jpg --save boxes.png
+                                           the objects in it, and the picture with their boxes
   roofbench run llama --opt +weights-q8,-decode-threads
                                            weights in 8 bits, all threads for decoding
   roofbench run vit --ablate               what each optimisation is worth here
   roofbench run bert --profile             where the time goes, by operation
   roofbench run bert --sustain 10m         what is left of the speed after ten minutes
+  roofbench run bert --against main        this build beside that of a commit, in alternation
   roofbench run bert --dry-run             what would be measured
 
 Exit status: 0 all is measured (or skipped with a reason), 1 a cell failed, 2 the command could not start,
-130 interrupted.")]
+130 interrupted. With --against: 0 no cell is slower, 1 a cell is slower, 2 undecided, 64 it could not be compared.")]
 #[group(id = "run")]
 pub(crate) struct Arguments {
     /// Families, as `roofbench list` names them; all that this build runs when none is given
@@ -110,6 +114,14 @@ pub(crate) struct Arguments {
     #[arg(long, help_heading = "Optimizations", conflicts_with_all = ["output", "dry_run"])]
     pub(crate) ablate: bool,
 
+    /// In place of a measurement: whether this build is slower than another, a program or a commit of this checkout
+    #[arg(long, value_name = "COMMIT|BINARY", help_heading = "Comparison",
+          conflicts_with_all = ["output", "dry_run", "ablate"])]
+    pub(crate) against: Option<String>,
+    /// Makes each call slower by this percentage; for `cargo xtask study`, which looks for it
+    #[arg(long, value_name = "PERCENT", value_parser = percent, hide = true)]
+    pub(crate) slow_down: Option<f64>,
+
     /// A first look: fewer samples, seconds per cell
     #[arg(long, help_heading = "Sampling")]
     pub(crate) quick: bool,
@@ -130,6 +142,11 @@ pub(crate) struct Arguments {
     /// Enough is known when the median's 95 % interval is within this percentage of it [default: 2; quick: 5]
     #[arg(long, value_name = "PERCENT", value_parser = percent, help_heading = "Sampling")]
     pub(crate) target: Option<f64>,
+    /// Processes of each cell, in turn over all cells; `roofbench compare` learns from them how far runs differ
+    /// [default: 1; pairs of processes with --against: 5]
+    #[arg(long, value_name = "N", help_heading = "Sampling", conflicts_with = "ablate",
+          value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) repeat: Option<u32>,
     /// Most time of one cell, loading included, in seconds; it is ended and fails beyond it
     #[arg(long, value_name = "S", value_parser = seconds, help_heading = "Sampling")]
     pub(crate) timeout: Option<f64>,
@@ -146,11 +163,20 @@ pub(crate) struct Arguments {
     pub(crate) sustain: Option<f64>,
 
     /// Text for the checkpoint's own tokenizer in place of drawn tokens; may be repeated, one batch
-    #[arg(long, value_name = "TEXT", help_heading = "Real inputs", conflicts_with_all = ["image", "batch", "cell"])]
+    #[arg(long, value_name = "TEXT", help_heading = "Real inputs", conflicts_with_all = ["batch", "cell"])]
     pub(crate) text: Vec<String>,
     /// Picture for the checkpoint's own preprocessing in place of drawn pixels; may be repeated, one batch
     #[arg(long, value_name = "FILE", help_heading = "Real inputs", conflicts_with_all = ["batch", "cell"])]
     pub(crate) image: Vec<PathBuf>,
+    /// Sound for the checkpoint's own feature extraction in place of drawn samples; may be repeated, one batch
+    #[arg(long, value_name = "FILE", help_heading = "Real inputs", conflicts_with_all = ["batch", "cell"])]
+    pub(crate) audio: Vec<PathBuf>,
+    /// Argument of the call by the library's name, the value as JSON or plain text: max_new_tokens=64, threshold=0.5
+    #[arg(long, value_name = "NAME=VALUE", value_parser = argument, help_heading = "Real inputs")]
+    pub(crate) arg: Vec<(String, Value)>,
+    /// Writes the answer as a picture or sound to this file: boxes and masks drawn, speech
+    #[arg(long, value_name = "FILE", help_heading = "Real inputs")]
+    pub(crate) save: Option<PathBuf>,
 
     /// Records are appended to this file [default: roofbench-results/<time>.jsonl]
     #[arg(short, long, value_name = "FILE", help_heading = "Output")]
@@ -170,7 +196,12 @@ fn seconds(text: &str) -> Result<f64, String> {
     }
 }
 
-fn percent(text: &str) -> Result<f64, String> {
+fn argument(text: &str) -> Result<(String, Value), String> {
+    let (name, value) = text.split_once('=').ok_or("expected NAME=VALUE")?;
+    Ok((name.to_owned(), serde_json::from_str(value).unwrap_or_else(|_| value.into())))
+}
+
+pub(crate) fn percent(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(percent) if percent > 0.0 && percent < 100.0 => Ok(percent),
         _ => Err("expected a percentage between 0 and 100".to_owned()),
@@ -191,6 +222,10 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         super::probe::measure_peaks(&mut machine, false)?;
         return ablate::run(arguments, &jobs);
     }
+    if let Some(other) = &arguments.against {
+        super::probe::measure_peaks(&mut machine, false)?;
+        return against::run(arguments, &jobs, other);
+    }
     let path = match &arguments.output {
         Some(path) => path.clone(),
         None => default_output()?,
@@ -203,6 +238,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         job.machine = machine.clone();
     }
 
+    let jobs: Vec<Job> = vec![jobs; arguments.repeat.unwrap_or(1) as usize].concat();
     let records = measure_all(arguments, &jobs, &mut supervisor, &mut writer)?;
     let interrupted = supervisor.interrupted();
     if !arguments.json && !records.is_empty() {

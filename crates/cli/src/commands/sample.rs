@@ -19,7 +19,6 @@ use serde_json::json;
 
 use crate::commands::run;
 use crate::job::Job;
-use crate::models::engine_name;
 use crate::optimized;
 use crate::plan;
 use crate::worker::{self, Found};
@@ -41,6 +40,9 @@ pub(crate) struct Arguments {
 /// The flags select no cell or several, the model does not load or run, or a file can't be written.
 pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let mut machine = hardware::probe();
+    if let Some(emulator) = &machine.cpu.emulator {
+        bail!("{emulator} says nothing of the hardware's speed, so nothing is compared under it");
+    }
     super::probe::measure_peaks(&mut machine, false)?;
     let jobs = plan::plan(&arguments.run, &machine)?;
     let [job] = &jobs[..] else {
@@ -64,7 +66,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let flops: u64 = session.cost(&call)?.iter().map(|phase| phase.cost.flops).sum();
     let versions = BTreeMap::from([("roofbench", env!("CARGO_PKG_VERSION"))]);
     answer(&json!({
-        "ready": engine_name(job.engine),
+        "ready": job.engine.name(),
         "versions": versions,
         "flops": flops,
         "errors": errors,

@@ -1,4 +1,6 @@
-//! Runs the real program in a folder of its own, and writes small checkpoints for it.
+//! Runs the real program in a folder of its own, and writes small checkpoints and made-up records for it.
+
+#![allow(dead_code, reason = "each file of tests uses a part of it")]
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -153,4 +155,43 @@ pub(crate) fn tokenizer(path: &Path, words: &[&str]) {
         "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"},
     });
     fs::write(path, tokenizer.to_string()).unwrap();
+}
+
+/// A record of `cell` (`bert/forward/b1/s128`) that never was: 40 calls of about `ns`.
+pub(crate) fn made_up(cell: &str, ns: u64) -> Value {
+    let (family, name) = cell.split_once('/').unwrap();
+    let samples: Vec<Value> = (0..40)
+        .map(|call| ns + ns * (call % 5) / 2000)
+        .map(|ns| json!({"total_ns": ns, "phases": [["forward", ns]]}))
+        .collect();
+    json!({
+        "schema_version": 1, "started_at": "2026-01-01T00:00:00Z",
+        "subject": {
+            "family": family, "modality": "text", "checkpoint": "made/up", "class": "MadeUp", "parameters": null,
+            "engine": "roofbench", "cell": {"name": name, "unit": "sequences", "batch": 1, "inputs": {}},
+        },
+        "settings": {
+            "requested": {"threads": "2"},
+            "effective": {"device": "cpu", "dtype": "f32", "threads": "2", "weights": "synthetic:0"},
+        },
+        "outcome": {
+            "status": "measured", "load_ns": 1, "first_call_ns": ns, "warmup_ns": [], "samples": samples,
+            "stop": "max_samples", "cost": [], "readings": {},
+        },
+        "warnings": [],
+        "machine": {
+            "cpu": {"model": "Testing CPU", "arch": "x86_64", "threads": 2, "usable_threads": 2, "caches": [], "isa": []},
+            "memory": {"total_bytes": 17179869184u64}, "gpus": [], "os": {"name": "Testing"}, "peaks": null,
+        },
+        "build": {
+            "version": "0.1.0", "commit": "0123456789ab", "profile": "release", "target": "testing", "rustc": "rustc",
+            "features": [], "target_features": [],
+        },
+    })
+}
+
+/// Writes `records`, one on each line.
+pub(crate) fn write_records(path: &Path, records: &[Value]) {
+    let lines: Vec<String> = records.iter().map(Value::to_string).collect();
+    fs::write(path, lines.join("\n") + "\n").unwrap();
 }

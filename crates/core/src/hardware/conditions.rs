@@ -48,7 +48,7 @@ struct CpuTimes {
 impl Conditions {
     /// The conditions now.
     pub fn now() -> Self {
-        Self::read(Path::new("/"))
+        Self::read(super::root())
     }
 
     /// The conditions as files below `root` show them, which is `/` outside tests.

@@ -42,6 +42,7 @@ pub(super) fn probe(root: &Path) -> Cpu {
         max_clock_mhz: khz(&cpus, "cpufreq/cpuinfo_max_freq"),
         governor: (!governors.is_empty()).then(|| governors.into_iter().collect::<Vec<_>>().join(", ")),
         virtualization: system::virtualization(root),
+        emulator: system::emulator(root),
     }
 }
 

@@ -13,7 +13,7 @@ pub(super) fn probe() -> (Vec<Gpu>, Option<String>) {
     };
     let count = match nvml.device_count() {
         Ok(count) => count,
-        Err(e) => return (Vec::new(), Some(format!("NVML can't count the GPUs: {e}"))),
+        Err(e) => return (Vec::new(), Some(format!("NVML can't count the GPUs: {}", why_not(&e)))),
     };
     let driver = nvml.sys_driver_version().ok();
     let mut gpus = Vec::new();
@@ -21,7 +21,7 @@ pub(super) fn probe() -> (Vec<Gpu>, Option<String>) {
     for index in 0..count {
         match nvml.device_by_index(index) {
             Ok(device) => gpus.push(describe(index, &device, driver.clone())),
-            Err(e) => hidden.push(format!("GPU {index}: {e}")),
+            Err(e) => hidden.push(format!("GPU {index}: {}", why_not(&e))),
         }
     }
     (gpus, (!hidden.is_empty()).then(|| hidden.join("; ")))
@@ -44,7 +44,16 @@ pub(crate) fn why_not(error: &NvmlError) -> String {
             "the NVIDIA kernel driver and its libraries have different versions; restart the machine".into()
         }
         NvmlError::NoPermission => "NVML may not be used by this user (see the rights of /dev/nvidiactl)".into(),
-        e => format!("NVML could not be started: {e}"),
+        NvmlError::GpuLost => {
+            "the GPU has fallen off the bus or stopped answering: `nvidia-smi -r` or a restart may bring it back, and \
+             the kernel's log (`dmesg | grep -i xid`) tells why"
+                .into()
+        }
+        NvmlError::FailedToLoadSymbol(e) => {
+            format!("the NVIDIA driver is too old for this use of NVML ({e}); update it")
+        }
+        NvmlError::InsufficientPower => "the GPU's extra power cables are not connected".into(),
+        e => format!("NVML gives nothing: {e}"),
     }
 }
 
@@ -79,6 +88,8 @@ mod tests {
     fn reasons_name_the_way_out() {
         assert!(why_not(&NvmlError::DriverNotLoaded).contains("modprobe"));
         assert!(why_not(&NvmlError::LibRmVersionMismatch).contains("restart"));
+        assert!(why_not(&NvmlError::NoPermission).contains("/dev/nvidiactl"));
+        assert!(why_not(&NvmlError::GpuLost).contains("dmesg"));
         assert!(why_not(&NvmlError::Unknown).contains("NVML"));
     }
 }

@@ -22,10 +22,15 @@ pub(crate) use gpu::why_not as nvml_why_not;
 ///
 /// [`Machine::peaks`] stays empty; [`peaks::load_or_measure`] fills it.
 pub fn probe() -> Machine {
-    let root = Path::new("/");
+    let root = root();
     let (gpus, gpu_note) = gpu::probe();
+    let mut cpu = cpu::probe(root);
+    if cpu.emulator.is_some() {
+        // what was found is the host's name
+        cpu.model = format!("{} emulated on {}", cpu.arch, cpu.model);
+    }
     Machine {
-        cpu: cpu::probe(root),
+        cpu,
         memory: memory::probe(root),
         gpus,
         gpu_note,
@@ -33,6 +38,12 @@ pub fn probe() -> Machine {
         load_1m: system::load_1m(root),
         peaks: None,
     }
+}
+
+/// Where Linux shows its files; on other systems a folder that can't be, for Wine shows those of the Linux below it to a
+/// Windows program.
+pub(crate) fn root() -> &'static Path {
+    Path::new(if cfg!(target_os = "linux") { "/" } else { "\0" })
 }
 
 /// The machine as found, and its measured ceilings.
@@ -53,6 +64,18 @@ pub struct Machine {
     pub load_1m: Option<f64>,
     /// Ceilings measured on this machine; absent when not (yet) measured.
     pub peaks: Option<Peaks>,
+}
+
+impl Machine {
+    /// What tells machines apart, in words: `AMD EPYC, 2 usable CPUs, 24 GiB, Debian GNU/Linux 12 (bookworm)`.
+    ///
+    /// Memory is rounded, because what a system keeps for itself changes with its kernel.
+    pub fn name(&self) -> String {
+        let memory = self.memory.total_bytes.map(|bytes| format!("{:.0} GiB", bytes as f64 / f64::from(1 << 30)));
+        let cpu = [self.cpu.model.clone(), format!("{} usable CPUs", self.cpu.usable_threads)];
+        let gpus = self.gpus.iter().map(|gpu| gpu.name.clone());
+        cpu.into_iter().chain(memory).chain(gpus).chain([self.os.name.clone()]).collect::<Vec<_>>().join(", ")
+    }
 }
 
 /// CPU facts. What could not be found is absent.
@@ -91,6 +114,9 @@ pub struct Cpu {
     pub governor: Option<String>,
     /// Hypervisor, container or emulator that this runs under.
     pub virtualization: Option<String>,
+    /// What emulates this CPU in software, if it is emulated. Then no speed is recorded as measured.
+    #[serde(default)]
+    pub emulator: Option<String>,
 }
 
 /// One kind of core of a hybrid CPU.

@@ -46,6 +46,12 @@ pub enum PeaksError {
         /// The system's answer.
         source: io::Error,
     },
+    /// What an emulator reaches says nothing of the CPU.
+    #[error("this CPU is emulated ({emulator}): how fast that is says nothing of the hardware, and is not measured")]
+    Emulated {
+        /// [`Cpu::emulator`](super::Cpu::emulator).
+        emulator: String,
+    },
 }
 
 /// How long to measure.
@@ -79,8 +85,11 @@ const CHUNK: Duration = Duration::from_micros(50);
 /// A damaged cache is measured again; one that can't be written costs a warning in the log, not the result.
 ///
 /// # Errors
-/// [`PeaksError`] where the system refuses memory or threads.
+/// [`PeaksError`] where the system refuses memory or threads, or the CPU is emulated.
 pub fn load_or_measure(cache_dir: Option<&Path>, refresh: bool, machine: &Machine) -> Result<Peaks, PeaksError> {
+    if let Some(emulator) = machine.cpu.emulator.clone() {
+        return Err(PeaksError::Emulated { emulator });
+    }
     cached(cache_dir, refresh, machine, || measure(machine, Effort::FULL))
 }
 
@@ -271,7 +280,7 @@ where
 {
     let barrier = Barrier::new(workers.len());
     // One CPU each, where there is one for each: the scheduler may keep two threads on one for a whole trial.
-    let cpus = cpu::affinity(Path::new("/")).filter(|cpus| cpus.len() == workers.len()).unwrap_or_default();
+    let cpus = cpu::affinity(super::root()).filter(|cpus| cpus.len() == workers.len()).unwrap_or_default();
     let mut cpus = cpus.into_iter();
     let timed = workers.into_iter().map(|mut work| {
         let barrier = &barrier;
@@ -374,6 +383,14 @@ mod tests {
             }
         }
         assert!(peaks.bandwidth.iter().all(|p| p.array_bytes == SHORT.array_bytes));
+    }
+
+    #[test]
+    fn an_emulated_cpu_has_no_ceilings() {
+        let mut machine = machine();
+        machine.cpu.emulator = Some("user-mode emulation of aarch64 on an x86 host".into());
+        let error = load_or_measure(None, true, &machine).expect_err("not measured");
+        assert!(error.to_string().contains("on an x86 host"), "{error}");
     }
 
     #[test]

@@ -26,11 +26,23 @@ pub(super) fn load_1m(root: &Path) -> Option<f64> {
     }
 }
 
-/// Emulator, hypervisor with the product that it shows, and container, joined; absent on bare metal.
+/// Emulator, Wine, hypervisor with the product that it shows, and container, joined; absent on bare metal.
 pub(super) fn virtualization(root: &Path) -> Option<String> {
-    let layers = [emulator(root, std::env::consts::ARCH), hypervisor(root, cpuid_hypervisor()), container(root)];
+    let emulator = user_mode_emulator(root, std::env::consts::ARCH);
+    let layers = [emulator, wine(), hypervisor(root, cpuid_hypervisor()), container(root)];
     let layers: Vec<String> = layers.into_iter().flatten().collect();
     (!layers.is_empty()).then(|| layers.join(", "))
+}
+
+/// What translates the instructions of this program, or of the whole machine, for another CPU.
+pub(super) fn emulator(root: &Path) -> Option<String> {
+    user_mode_emulator(root, std::env::consts::ARCH).or_else(|| cpuid_hypervisor().filter(|name| name == TCG))
+}
+
+/// Wine runs a program's instructions as they are, and stands in for Windows: its own programs lie among the system's.
+fn wine() -> Option<String> {
+    let system = std::env::var_os("SystemRoot").filter(|_| cfg!(windows))?;
+    Path::new(&system).join("system32/winecfg.exe").exists().then(|| "Wine".to_owned())
 }
 
 /// `PRETTY_NAME` of os-release(5).
@@ -41,7 +53,7 @@ fn parse_os_release(text: &str) -> Option<String> {
 }
 
 /// Programs built for another architecture run here under an emulator, which shows the host's `/proc/cpuinfo`.
-fn emulator(root: &Path, arch: &str) -> Option<String> {
+fn user_mode_emulator(root: &Path, arch: &str) -> Option<String> {
     let family = |arch: &str| match arch {
         "x86" | "x86_64" => "x86",
         "arm" | "aarch64" => "arm",
@@ -117,6 +129,9 @@ fn cpuid_hypervisor() -> Option<String> {
     None
 }
 
+/// QEMU without the help of the CPU.
+const TCG: &str = "QEMU emulation (TCG)";
+
 #[cfg(any(target_arch = "x86_64", test))]
 fn signature_name(signature: &str) -> String {
     let name = match signature {
@@ -124,7 +139,7 @@ fn signature_name(signature: &str) -> String {
         "Microsoft Hv" => "Hyper-V",
         "VMwareVMware" => "VMware",
         "XenVMMXenVMM" => "Xen",
-        "TCGTCGTCGTCG" => "QEMU emulation (TCG)",
+        "TCGTCGTCGTCG" => TCG,
         "VBoxVBoxVBox" => "VirtualBox",
         "bhyve bhyve" => "bhyve",
         "lrpepyh vr" | "prl hyperv" => "Parallels",
@@ -221,12 +236,12 @@ mod tests {
     #[test]
     fn user_mode_emulation() {
         let amd = tree(&[("proc/cpuinfo", X86), ("proc/self/comm", "bench\n")]);
-        let found = emulator(amd.path(), "aarch64");
+        let found = user_mode_emulator(amd.path(), "aarch64");
         assert_eq!(found.as_deref(), Some("user-mode emulation of aarch64 on an x86 host"));
-        assert_eq!(emulator(amd.path(), "x86_64"), None);
+        assert_eq!(user_mode_emulator(amd.path(), "x86_64"), None);
         let arm = tree(&[("proc/cpuinfo", "CPU implementer\t: 0x41\n"), ("proc/self/comm", "qemu-aarch64\n")]);
-        assert_eq!(emulator(arm.path(), "aarch64").as_deref(), Some("user-mode emulation (qemu-aarch64)"));
-        assert!(emulator(arm.path(), "x86_64").is_some());
-        assert_eq!(emulator(tree(&[("proc/cpuinfo", "\u{0}garbage")]).path(), "x86_64"), None);
+        assert_eq!(user_mode_emulator(arm.path(), "aarch64").as_deref(), Some("user-mode emulation (qemu-aarch64)"));
+        assert!(user_mode_emulator(arm.path(), "x86_64").is_some());
+        assert_eq!(user_mode_emulator(tree(&[("proc/cpuinfo", "\u{0}garbage")]).path(), "x86_64"), None);
     }
 }

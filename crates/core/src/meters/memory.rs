@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use super::poller::{Poll, Poller};
 use super::{Meter, Quantity, Reading, Scope};
-use crate::metrics;
+use crate::{hardware, metrics};
 
 /// The kernel's own account where `/proc` has one, else samples by `sysinfo`.
 pub(super) fn open() -> Box<dyn Meter> {
-    let dir = Path::new("/proc/self");
-    if status(dir).is_some_and(|status| status.rss.is_some()) {
-        Box::new(Procfs::new(dir.into()))
+    let dir = hardware::root().join("proc/self");
+    if status(&dir).is_some_and(|status| status.rss.is_some()) {
+        Box::new(Procfs::new(dir))
     } else {
         Box::new(Sampled::default())
     }

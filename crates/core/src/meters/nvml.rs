@@ -5,6 +5,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use nvml_wrapper::error::NvmlError;
 use nvml_wrapper::{Device, Nvml};
 
 use super::clock::{Clock, Monotonic};
@@ -29,13 +30,13 @@ struct Gpu {
 }
 
 impl Gpu {
-    fn device(&self) -> Option<Device<'_>> {
-        self.nvml.device_by_index(self.index).ok()
+    fn device(&self) -> Result<Device<'_>, NvmlError> {
+        self.nvml.device_by_index(self.index)
     }
 
-    /// Energy since the driver was loaded.
-    fn energy_mj(&self) -> Option<u64> {
-        self.device()?.total_energy_consumption().ok()
+    /// Energy since the driver was loaded, or why the driver does not tell.
+    fn energy_mj(&self) -> Result<u64, String> {
+        self.device().and_then(|device| device.total_energy_consumption()).map_err(|e| nvml_why_not(&e))
     }
 }
 
@@ -55,7 +56,7 @@ fn find(nvml: Nvml, gpu: usize) -> Result<Gpu, String> {
     let doubt = if by_bus || alike { "" } else { " (unless CUDA counts otherwise: set CUDA_DEVICE_ORDER=PCI_BUS_ID)" };
     let sensor = format!("NVML GPU {index}{doubt}");
     let mut gpu = Gpu { nvml: Arc::new(nvml), index, sensor, counts_energy: false };
-    gpu.counts_energy = gpu.energy_mj().is_some();
+    gpu.counts_energy = gpu.energy_mj().is_ok();
     Ok(gpu)
 }
 
@@ -83,8 +84,8 @@ fn nvml_index(gpu: usize, visible: Option<&str>, uuids: &[String]) -> Result<u32
 /// What is collected while an interval runs.
 struct Samples {
     gpu: Gpu,
-    start_mj: Option<u64>,
-    memory_bytes: Option<u64>,
+    start_mj: Result<u64, String>,
+    memory_bytes: Result<u64, String>,
     largest_bytes: u64,
     looks: u32,
     power: PowerIntegral,
@@ -95,14 +96,15 @@ impl Poll for Samples {
     const PERIOD: Duration = Duration::from_millis(50);
 
     fn poll(&mut self) {
-        let Some(device) = self.gpu.device() else { return };
-        self.memory_bytes = device.memory_info().ok().map(|memory| memory.used);
-        if let Some(bytes) = self.memory_bytes {
+        let device = self.gpu.device();
+        let memory = device.as_ref().map_err(nvml_why_not);
+        self.memory_bytes = memory.and_then(|d| d.memory_info().map(|info| info.used).map_err(|e| nvml_why_not(&e)));
+        if let Ok(bytes) = self.memory_bytes {
             self.largest_bytes = self.largest_bytes.max(bytes);
             self.looks += 1;
         }
         if !self.gpu.counts_energy
-            && let Ok(milliwatts) = device.power_usage()
+            && let Ok(milliwatts) = device.and_then(|device| device.power_usage())
         {
             self.power.add(Monotonic.now_ns(), f64::from(milliwatts) / 1e3);
         }
@@ -114,22 +116,16 @@ impl Samples {
         if !self.gpu.counts_energy {
             return self.power.energy(Self::PERIOD);
         }
-        match (self.start_mj, self.gpu.energy_mj()) {
-            (Some(start), Some(end)) if end > start => Quantity::Measured { value: (end - start) as f64 / 1e3 },
-            (Some(start), Some(end)) if end == start => Quantity::Unavailable {
-                reason: "the GPU's energy counter did not move in so short an interval; measure for longer".into(),
-            },
-            _ => Quantity::Unavailable {
-                reason: "the GPU's energy counter was reset or could not be read; measure again".into(),
-            },
-        }
+        counted(&self.start_mj, &self.gpu.energy_mj())
     }
 
     fn readings(&self) -> Vec<Reading> {
-        let refused = || Quantity::Unavailable { reason: "the driver does not tell the memory in use".into() };
-        let used = self.memory_bytes.map_or_else(refused, |bytes| Quantity::Measured { value: bytes as f64 });
+        let used = match &self.memory_bytes {
+            Ok(bytes) => Quantity::Measured { value: *bytes as f64 },
+            Err(reason) => Quantity::Unavailable { reason: reason.clone() },
+        };
         let peak = match self.looks {
-            0 => refused(),
+            0 => used.clone(),
             looks => Quantity::Derived {
                 value: self.largest_bytes as f64,
                 from: format!("largest of {looks} samples, {} ms apart", Self::PERIOD.as_millis()),
@@ -137,6 +133,19 @@ impl Samples {
         };
         readings(&self.gpu.sensor, self.energy(), used, peak)
     }
+}
+
+/// Energy between two looks at the counter.
+fn counted(start_mj: &Result<u64, String>, end_mj: &Result<u64, String>) -> Quantity {
+    let reason = match (start_mj, end_mj) {
+        (Ok(start), Ok(end)) if end > start => return Quantity::Measured { value: (end - start) as f64 / 1e3 },
+        (Ok(start), Ok(end)) if end == start => {
+            "the GPU's energy counter did not move in so short an interval; measure for longer".into()
+        }
+        (Ok(_), Ok(_)) => "the GPU's energy counter was reset; measure again".into(),
+        (Err(reason), _) | (_, Err(reason)) => reason.clone(),
+    };
+    Quantity::Unavailable { reason }
 }
 
 fn readings(sensor: &str, energy: Quantity, memory: Quantity, peak: Quantity) -> Vec<Reading> {
@@ -183,7 +192,7 @@ impl Meter for NvmlMeter {
             Poller::start(Samples {
                 start_mj: gpu.energy_mj(),
                 gpu: gpu.clone(),
-                memory_bytes: None,
+                memory_bytes: Err("the driver was not asked yet".into()),
                 largest_bytes: 0,
                 looks: 0,
                 power: PowerIntegral::default(),
@@ -232,6 +241,19 @@ mod tests {
         let Quantity::Derived { value, from } = power.energy(Samples::PERIOD) else { panic!("enough samples") };
         assert_eq!(value, 250.0);
         assert!(from.contains("3 power samples, 50 ms apart"));
+    }
+
+    #[test]
+    fn a_counter_that_fails_on_the_way_gives_its_reason() {
+        let lost = || Err(nvml_why_not(&NvmlError::GpuLost));
+        assert_eq!(counted(&Ok(1000), &Ok(3500)), Quantity::Measured { value: 2.5 });
+        let reason = |start, end| match counted(&start, &end) {
+            Quantity::Unavailable { reason } => reason,
+            quantity => panic!("{quantity:?}"),
+        };
+        assert!(reason(Ok(1000), lost()).contains("fallen off the bus"));
+        assert!(reason(lost(), Ok(1000)).contains("fallen off the bus"));
+        assert!(reason(Ok(7), Ok(7)).contains("longer") && reason(Ok(7), Ok(6)).contains("reset"));
     }
 
     #[test]

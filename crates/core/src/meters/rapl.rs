@@ -11,7 +11,7 @@ use std::time::Duration;
 use super::clock::{Clock, Monotonic};
 use super::poller::{Poll, Poller};
 use super::{Meter, Quantity, Reading, Scope};
-use crate::metrics;
+use crate::{hardware, metrics};
 
 /// More than any CPU package draws: a counter that would mean more has not wrapped, it was set back.
 const MOST_WATTS: f64 = 2000.0;
@@ -20,7 +20,12 @@ const LEAST_SECONDS: f64 = 1.0;
 
 /// The meter of this machine's packages.
 pub(super) fn open() -> Box<dyn Meter> {
-    Box::new(Rapl { groups: groups(Path::new("/sys/class/powercap")), running: None })
+    let groups = if cfg!(target_os = "linux") {
+        groups(&hardware::root().join("sys/class/powercap"))
+    } else {
+        Err("the CPU's energy counters are read on Linux alone: other systems show them to drivers and to root".into())
+    };
+    Box::new(Rapl { groups, running: None })
 }
 
 /// One counter.

@@ -150,6 +150,25 @@ impl Weights {
         Ok(Self { shared: Arc::new(Shared { origin, aliases, requested: Mutex::default() }) })
     }
 
+    /// Weights of a second model that goes with this one: of the same seed where these are synthetic, else those in the
+    /// folder `name` beside them, when it is there.
+    ///
+    /// # Errors
+    /// As for [`open`](Self::open).
+    pub fn beside(&self, name: &str, rules: &[AliasRule], class: &str) -> Result<Option<Self>, WeightsError> {
+        let source = match &self.shared.origin {
+            Origin::Synthetic { seed } => Source::Synthetic { seed: *seed },
+            Origin::Stored { checkpoint, .. } => {
+                let path = checkpoint.folder().join(name);
+                if !path.is_dir() {
+                    return Ok(None);
+                }
+                Source::Local { path }
+            }
+        };
+        Self::open(&source, rules, class, &HubOptions::default()).map(Some)
+    }
+
     /// A builder whose tensors arrive as `dtype` on `device`, converted one by one as they are asked for.
     pub fn var_builder(&self, dtype: DType, device: &Device) -> VarBuilder<'static> {
         VarBuilder::from_backend(Box::new(Backend(Arc::clone(&self.shared))), dtype, device.clone())

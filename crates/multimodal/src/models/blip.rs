@@ -28,7 +28,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::vision_tower::{Form, Pixels, VisionTower, VisionTowerConfig};
-use super::{forward_phase, named, products, products_cost, unit_rows, unit_rows_cost};
+use super::{behind, forward_phase, named, products, products_cost, unit_rows, unit_rows_cost};
 
 /// The classes that run.
 pub const CLASSES: &[&str] = &["BlipForConditionalGeneration", "BlipForQuestionAnswering", "BlipForImageTextRetrieval"];
@@ -523,18 +523,18 @@ impl<'a> Caption<'a> {
     pub(crate) fn cost(&self, cfg: &BlipConfig, bytes: u64) -> Vec<PhaseCost> {
         let (Self::Forward { pixels, .. } | Self::Generate { pixels, .. }) = self;
         let [batch, states] = pixels.shape();
-        match self {
+        let decoding = match self {
             Self::Forward { text, .. } => {
                 let [_, seq] = text.shape();
-                let decoder = cfg.decoder_cost(Pass { batch, seq, cached: 0, logits: seq }, states, bytes);
-                forward_phase(cfg.vision_cost(pixels, bytes) + decoder)
+                forward_phase(cfg.decoder_cost(Pass { batch, seq, cached: 0, logits: seq }, states, bytes))
             }
             Self::Generate { prompt, .. } => {
                 let (length, new) = (prompt.rows[0].len() as u64, prompt.generation.max_new_tokens as u64);
                 let pass = |pass| cfg.decoder_cost(pass, states, bytes);
-                seq2seq::generate_cost(pass, cfg.vision_cost(pixels, bytes), [batch, length], new)
+                seq2seq::generate_cost(pass, Cost::default(), [batch, length], new)
             }
-        }
+        };
+        behind([(Phase::Vision, cfg.vision_cost(pixels, bytes))], decoding)
     }
 }
 
@@ -559,6 +559,7 @@ impl Session for Captioner {
         match Caption::read(&base.cfg, &base.spec, call)? {
             Caption::Forward { pixels, text } => {
                 let image_embeds = base.see(&pixels)?; // (batch, 1 + patches, hidden)
+                observer.end(Phase::Vision);
                 let mut encoded = Encoded::new(image_embeds.clone(), None, layers)?;
                 let mask = text.attention_mask.as_ref();
                 let logits = seq2seq::forward(text_decoder, &text.input_ids, mask, &mut encoded)?;
@@ -571,6 +572,7 @@ impl Session for Captioner {
             }
             Caption::Generate { pixels, prompt } => {
                 let encoded = Encoded::new(base.see(&pixels)?, None, layers)?;
+                observer.end(Phase::Vision);
                 let Prompt { rows, attention_mask, generation } = *prompt;
                 let mask = attention_mask.as_ref();
                 seq2seq::generate_masked(text_decoder, &base.spec, &generation, &rows, mask, encoded, observer)
@@ -642,12 +644,15 @@ impl Session for Answerer {
         match call.method.as_str() {
             "forward" => {
                 let image_embeds = self.base.see(&self.forward_inputs(call)?)?;
-                observer.end(Phase::Forward);
+                observer.end(Phase::Vision);
                 Ok(named([("last_hidden_state", image_embeds.clone()), ("image_embeds", image_embeds)]))
             }
             "generate" => {
                 let (pixels, question, prompt) = self.generate_inputs(call)?;
-                let question = self.text_encoder.forward(&question, Some(&self.base.see(&pixels)?))?;
+                let image_embeds = self.base.see(&pixels)?;
+                observer.end(Phase::Vision);
+                let question = self.text_encoder.forward(&question, Some(&image_embeds))?;
+                observer.end(Phase::Text);
                 // padding of the question is seen as well, as in the library
                 let encoded = Encoded::new(question, None, self.text_decoder.bert.layers.len())?;
                 let Prompt { rows, generation, .. } = &prompt;
@@ -660,15 +665,17 @@ impl Session for Answerer {
     fn cost(&self, call: &Call) -> Result<Vec<PhaseCost>, SessionError> {
         let Base { cfg, bytes, .. } = &self.base;
         match call.method.as_str() {
-            "forward" => Ok(forward_phase(cfg.vision_cost(&self.forward_inputs(call)?, *bytes))),
+            "forward" => {
+                Ok(behind([(Phase::Vision, cfg.vision_cost(&self.forward_inputs(call)?, *bytes))], Vec::new()))
+            }
             "generate" => {
                 let (pixels, question, prompt) = self.generate_inputs(call)?;
                 let [batch, seq] = question.shape();
                 let reading = cfg.text_config.cost([batch, seq, 0], false, Some(cfg.states(&pixels)), *bytes);
                 let pass = |pass| self.text_decoder.cost(pass, seq);
-                let (before, new) =
-                    (cfg.vision_cost(&pixels, *bytes) + reading, prompt.generation.max_new_tokens as u64);
-                Ok(seq2seq::generate_cost(pass, before, [batch, 1], new))
+                let new = prompt.generation.max_new_tokens as u64;
+                let before = [(Phase::Vision, cfg.vision_cost(&pixels, *bytes)), (Phase::Text, reading)];
+                Ok(behind(before, seq2seq::generate_cost(pass, Cost::default(), [batch, 1], new)))
             }
             _ => Err(unsupported_method(call, "forward, generate")),
         }
@@ -724,10 +731,12 @@ impl Retriever {
         Ok(Pair { pixels, text, matched })
     }
 
-    fn forward(&self, pair: &Pair) -> Result<Tensors> {
+    fn forward(&self, pair: &Pair, observer: &mut dyn Observer) -> Result<Tensors> {
         let first = |x: &Tensor| x.narrow(1, 0, 1)?.squeeze(1)?.contiguous(); // (batch, hidden)
         let image_embeds = self.base.see(&pair.pixels)?;
+        observer.end(Phase::Vision);
         let question_embeds = self.text_encoder.forward(&pair.text, pair.matched.then_some(&image_embeds))?;
+        observer.end(Phase::Text);
         let itm_score = match pair.matched {
             true => self.itm_head.forward(&first(&question_embeds)?)?, // (batch, 2)
             false => {
@@ -742,7 +751,7 @@ impl Retriever {
 
 impl Session for Retriever {
     fn call(&mut self, call: &Call, observer: &mut dyn Observer) -> Result<Tensors, SessionError> {
-        let outputs = self.forward(&self.read(call)?)?;
+        let outputs = self.forward(&self.read(call)?, observer)?;
         observer.end(Phase::Forward);
         Ok(outputs)
     }
@@ -764,7 +773,8 @@ impl Session for Retriever {
             }
         };
         let reading = cfg.text_config.cost([texts, seq, 0], false, states, *bytes);
-        Ok(forward_phase(cfg.vision_cost(&pair.pixels, *bytes) + reading + head))
+        let before = [(Phase::Vision, cfg.vision_cost(&pair.pixels, *bytes)), (Phase::Text, reading)];
+        Ok(behind(before, forward_phase(head)))
     }
 
     fn paths(&self) -> BTreeMap<String, String> {
@@ -832,10 +842,10 @@ mod tests {
         let attention = |pairs: u64| 2 * pairs * (4 * 2 + 5); // 2 heads: two products over 2 and softmax
         let half = |rows, from| linear(rows, from, 4) + sum(rows) + 7 * sum(rows); // product, residual, norm
         let inner = |rows| linear(rows, 4, 6) + rows * 6;
-        let vision = linear(2 * 4, 12, 4) + sum(2 * 4) // patches, positions
-            + 7 * sum(10) + linear(10, 4, 12) + attention(2 * 25) + half(10, 4)
-            + inner(10) + linear(10, 6, 4) + sum(10)
-            + 7 * sum(10);
+        let vision = linear(4, 12, 4) + sum(4) // patches, positions
+            + 7 * sum(5) + linear(5, 4, 12) + attention(25) + half(5, 4)
+            + inner(5) + linear(5, 6, 4) + sum(5)
+            + 7 * sum(10); // of both
         // a pass over `rows` rows a picture that see `pairs` tokens together, and the head of the last
         let pass = |rows: u64, pairs: u64| {
             sum(2 * rows) + 7 * sum(2 * rows) // positions, norm
@@ -851,9 +861,10 @@ mod tests {
         let sequences = outputs?["sequences"].to_vec2::<i64>()?;
         assert!(sequences.iter().all(|row| row.len() == 5 && row[..2] == [8, 2]), "{sequences:?}");
         let cost = model.cost(&call)?;
-        assert_eq!(cost[0].cost.flops, vision + made + pass(2, 3));
-        assert_eq!(cost[1].cost.flops, pass(1, 3) + pass(1, 4));
-        assert_eq!(recorded.flops, cost[0].cost.flops + cost[1].cost.flops);
+        let flops: Vec<u64> = cost.iter().map(|phase| phase.cost.flops).collect();
+        // the two pictures are the same, and seen once
+        assert_eq!(flops, [vision, made + pass(2, 3), pass(1, 3) + pass(1, 4)]);
+        assert_eq!(recorded.flops, flops.iter().sum::<u64>());
         Ok(())
     }
 
@@ -957,7 +968,7 @@ mod tests {
         let cosine = call("forward", Some(&[[8, 1, 9]; 3]), json!({"use_itm_head": false}));
         let (outputs, recorded) = roofbench_nn::cost::record(|| retriever.call(&cosine, &mut Unobserved));
         assert_eq!(outputs?["itm_score"].dims(), [2, 3]);
-        assert_eq!(retriever.cost(&cosine)?[0].cost.flops, recorded.flops);
+        assert_eq!(retriever.cost(&cosine)?.iter().map(|phase| phase.cost.flops).sum::<u64>(), recorded.flops);
         let matched = call("forward", Some(&[[8, 1, 9]; 2]), json!({}));
         assert_eq!(retriever.call(&matched, &mut Unobserved)?["itm_score"].dims(), [2, 2]);
         let uneven = Call { arguments: Default::default(), ..cosine };

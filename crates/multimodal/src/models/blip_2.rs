@@ -20,7 +20,7 @@ use serde::Deserialize;
 use super::language_model::{LanguageModel, Prompt, TextConfig};
 use super::qformer::{QFormer, QFormerConfig, WordEmbeddings, Words};
 use super::vision_tower::{Form, Pixels, VisionTower, VisionTowerConfig};
-use super::{forward_phase, named, products, products_cost, unit_rows, unit_rows_cost};
+use super::{behind, forward_phase, named, products, products_cost, unit_rows, unit_rows_cost};
 
 /// The classes that run.
 pub const CLASSES: &[&str] = &["Blip2ForConditionalGeneration", "Blip2ForImageTextRetrieval"];
@@ -270,9 +270,11 @@ impl Session for Writer {
     fn call(&mut self, call: &Call, observer: &mut dyn Observer) -> Result<Tensors, SessionError> {
         let Request { pixels, words, prompt, generation } = self.read(call)?;
         let states = self.eyes.see(&pixels)?; // (pictures, 1 + patches, hidden)
+        observer.end(Phase::Vision);
         let answers = self.ask(&states, words.as_ref())?; // (pictures, queries + words, hidden)
         let queries = answers.narrow(1, 0, self.eyes.qformer.queries())?.contiguous()?;
         let features = self.language_projection.forward(&queries.flatten_to(1)?)?; // (features, width)
+        observer.end(Phase::Projector);
         let x = self.language_model.embed(&prompt.input_ids)?; // (batch, seq, width)
         let x = prompt.put(&x, self.image_token, &features)?;
         if let Some(generation) = &generation {
@@ -293,10 +295,9 @@ impl Session for Writer {
         let features = pixels.shape()[0] * cfg.num_query_tokens as u64;
         let words = words.map_or(0, |words| words.shape()[1]);
         let [hidden, width] = [projection.in_dim(), projection.out_dim()].map(|size| size as u64);
-        let before = cfg.vision_cost(&pixels, *bytes)
-            + cfg.asking_cost(&pixels, words, *bytes)
-            + cost::linear(features, hidden, width, true, *bytes);
-        self.language_model.cost(&prompt, generation.as_ref(), before)
+        let asking = cfg.asking_cost(&pixels, words, *bytes) + cost::linear(features, hidden, width, true, *bytes);
+        let before = [(Phase::Vision, cfg.vision_cost(&pixels, *bytes)), (Phase::Projector, asking)];
+        Ok(behind(before, self.language_model.cost(&prompt, generation.as_ref())?))
     }
 
     fn paths(&self) -> BTreeMap<String, String> {
@@ -370,8 +371,9 @@ impl Retriever {
         }
     }
 
-    fn forward(&self, Pair { pixels, words, matched }: &Pair) -> Result<Tensors> {
+    fn forward(&self, Pair { pixels, words, matched }: &Pair, observer: &mut dyn Observer) -> Result<Tensors> {
         let (states, qformer) = (self.eyes.see(pixels)?, &self.eyes.qformer);
+        observer.end(Phase::Vision);
         let (text, mask) = (self.embeddings.forward(words)?, self.mask(words, *matched)?);
         if *matched {
             let both = qformer.forward(Some(&states), Some(&text), mask.as_ref())?;
@@ -405,7 +407,7 @@ impl Retriever {
 
 impl Session for Retriever {
     fn call(&mut self, call: &Call, observer: &mut dyn Observer) -> Result<Tensors, SessionError> {
-        let outputs = self.forward(&self.read(call)?)?;
+        let outputs = self.forward(&self.read(call)?, observer)?;
         observer.end(Phase::Forward);
         Ok(outputs)
     }
@@ -416,7 +418,7 @@ impl Session for Retriever {
         let layer =
             |rows, layer: &Linear| cost::linear(rows, layer.in_dim() as u64, layer.out_dim() as u64, true, *bytes);
         let (asked, shared) = (pictures * cfg.num_query_tokens as u64, cfg.image_text_hidden_size as u64);
-        let behind = match pair.matched {
+        let comparison = match pair.matched {
             true => {
                 cfg.asking_cost(&pair.pixels, length, *bytes)
                     + layer(asked, &self.itm_head)
@@ -431,7 +433,7 @@ impl Session for Retriever {
                     + products_cost([asked, texts], shared, *bytes)
             }
         };
-        Ok(forward_phase(cfg.vision_cost(&pair.pixels, *bytes) + behind))
+        Ok(behind([(Phase::Vision, cfg.vision_cost(&pair.pixels, *bytes))], forward_phase(comparison)))
     }
 
     fn paths(&self) -> BTreeMap<String, String> {
@@ -522,6 +524,35 @@ pub(crate) mod tests {
         assert_eq!((cfg.vision_config.hidden_size, cfg.vision_config.num_hidden_layers), (1408, 39));
         assert_eq!((cfg.qformer_config.hidden_size, cfg.qformer_config.states), (768, 1408));
         assert_eq!((cfg.num_query_tokens, cfg.image_text_hidden_size, cfg.image_token_index), (32, 256, None));
+    }
+
+    /// As on the Hub, which leave out what is as in the class.
+    #[test]
+    fn published_configs_are_read_whole() -> Result<(), Box<dyn std::error::Error>> {
+        let read = |repository: &str| {
+            let (family, checkpoint) = roofbench_core::catalog::checkpoint(repository)?;
+            let spec = ModelSpec::new(&family.name, &checkpoint.class, checkpoint.config.clone());
+            let text = TextConfig::from_spec(&spec, &LANGUAGE_MODELS)?;
+            Ok::<_, Box<dyn std::error::Error>>((Blip2Config::from_spec(&spec)?, text, aliases(&spec).len()))
+        };
+        for (repository, width, image_token, tied) in [
+            ("Salesforce/blip2-opt-2.7b", 2560, 50265, true),
+            ("Salesforce/blip2-flan-t5-xl", 2048, 32100, false),
+            ("Salesforce/instructblip-flan-t5-xl", 2048, 32100, false),
+            ("Salesforce/instructblip-vicuna-7b", 4096, 32001, false),
+        ] {
+            let (cfg, text, rules) = read(repository)?;
+            let (vision, qformer) = (&cfg.vision_config, &cfg.qformer_config);
+            assert_eq!(
+                (vision.hidden_size, vision.num_hidden_layers, vision.image_size),
+                (1408, 39, 224),
+                "{repository}"
+            );
+            assert_eq!((qformer.hidden_size, qformer.states, cfg.num_query_tokens), (768, 1408, 32), "{repository}");
+            assert_eq!((text.width(), cfg.image_token_index), (width, Some(image_token)), "{repository}");
+            assert_eq!(rules == RULES.len(), tied, "{repository}");
+        }
+        Ok(())
     }
 
     #[test]

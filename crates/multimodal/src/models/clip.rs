@@ -25,7 +25,7 @@ use serde::Deserialize;
 
 use super::encoder_layer::{EncoderLayerConfig, Projections};
 use super::vision_tower::{Form, Pixels, VisionTower, VisionTowerConfig};
-use super::{forward_phase, named, products, products_cost, unit_rows, unit_rows_cost};
+use super::{behind, forward_phase, named, products, products_cost, unit_rows, unit_rows_cost};
 
 /// The classes that run.
 pub const CLASSES: &[&str] = &[
@@ -309,8 +309,8 @@ impl ClipConfig {
         })
     }
 
-    /// FLOPs and bytes of one forward pass.
-    pub(crate) fn cost(&self, tokens: &Tokens, pixels: &Pixels, bytes: u64) -> Cost {
+    /// FLOPs and bytes of the vision tower, of the text tower, and of comparing what they give.
+    pub(crate) fn cost(&self, tokens: &Tokens, pixels: &Pixels, bytes: u64) -> [Cost; 3] {
         let ([texts, seq], [pictures, _], width) = (tokens.shape(), pixels.shape(), self.projection_dim as u64);
         let project = |rows, from: usize| cost::linear(rows, from as u64, width, false, bytes);
         let text = self.text.cost([texts, seq], bytes) // the end of each sequence goes on
@@ -319,7 +319,8 @@ impl ClipConfig {
         let vision = self.vision.cost(pixels, self.vision.num_hidden_layers, Some(1), bytes)
             + self.vision.norm_cost(pictures, bytes)
             + project(pictures, self.vision.hidden_size);
-        text + vision + unit_rows_cost(texts + pictures, width) + products_cost([texts, pictures], width, bytes)
+        let comparison = unit_rows_cost(texts + pictures, width) + products_cost([texts, pictures], width, bytes);
+        [vision, text, comparison]
     }
 }
 
@@ -360,12 +361,14 @@ impl ClipModel {
         })
     }
 
-    fn forward(&self, tokens: &Tokens, pixels: &Pixels) -> Result<Tensors> {
+    fn forward(&self, tokens: &Tokens, pixels: &Pixels, observer: &mut dyn Observer) -> Result<Tensors> {
         let image = self.vision_model.pooled(&self.vision_model.forward(pixels)?)?; // (pictures, hidden)
-        let image = unit_rows(&self.visual_projection.forward(&image)?)?; // (pictures, projection)
+        let image = self.visual_projection.forward(&image)?; // (pictures, projection)
+        observer.end(Phase::Vision);
         let text = self.text_model.ends(&self.text_model.forward(tokens)?, &tokens.input_ids)?; // (texts, hidden)
         let text = self.text_projection.forward(&self.text_model.final_layer_norm.forward(&text)?)?;
-        let text = unit_rows(&text)?; // (texts, projection)
+        observer.end(Phase::Text);
+        let (image, text) = (unit_rows(&image)?, unit_rows(&text)?); // (pictures or texts, projection)
         let logits_per_text = products(&text, &image, self.scale)?; // (texts, pictures)
         Ok(named([
             ("logits_per_image", logits_per_text.t()?.contiguous()?),
@@ -379,14 +382,15 @@ impl ClipModel {
 impl Session for ClipModel {
     fn call(&mut self, call: &Call, observer: &mut dyn Observer) -> Result<Tensors, SessionError> {
         let (tokens, pixels) = read_both(&self.cfg, call)?;
-        let outputs = self.forward(&tokens, &pixels)?;
+        let outputs = self.forward(&tokens, &pixels, observer)?;
         observer.end(Phase::Forward);
         Ok(outputs)
     }
 
     fn cost(&self, call: &Call) -> Result<Vec<PhaseCost>, SessionError> {
         let (tokens, pixels) = read_both(&self.cfg, call)?;
-        Ok(forward_phase(self.cfg.cost(&tokens, &pixels, self.bytes)))
+        let [vision, text, comparison] = self.cfg.cost(&tokens, &pixels, self.bytes);
+        Ok(behind([(Phase::Vision, vision), (Phase::Text, text)], forward_phase(comparison)))
     }
 
     fn paths(&self) -> BTreeMap<String, String> {
@@ -626,7 +630,7 @@ mod tests {
         let mut model = model(&spec("CLIPModel", tiny()))?;
         let (outputs, recorded) = roofbench_nn::cost::record(|| model.call(&call, &mut Unobserved));
         assert_eq!(outputs?["logits_per_image"].dims(), [1, 2]);
-        let cost = model.cost(&call)?[0].cost;
+        let cost: Cost = model.cost(&call)?.iter().map(|phase| phase.cost).sum();
         assert_eq!(cost.flops, text + vision + cosines);
         assert_eq!(cost.flops, recorded.flops);
         Ok(())

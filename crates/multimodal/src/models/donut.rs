@@ -18,6 +18,7 @@ use roofbench_vision::models::swin::{self, Layout, SwinConfig, SwinEncoder};
 use roofbench_vision::models::{HeightWidth, activation_dtype};
 use serde_json::Value;
 
+use super::distinct::Distinct;
 use crate::picture_to_text::{PictureToText, PictureToTextSession};
 
 /// The classes that run.
@@ -124,7 +125,9 @@ impl DonutModel {
 /// Pages of one size.
 pub(crate) struct Pages {
     /// (batch, channels, height, width)
-    values: Tensor,
+    distinct: Distinct,
+    /// Items of the batch.
+    batch: usize,
     layout: Layout,
 }
 
@@ -144,19 +147,20 @@ impl PictureToText for DonutModel {
     fn read(&self, call: &Call) -> Result<Pages, SessionError> {
         let inputs = Inputs::of_any_method(call, &["pixel_values", "decoder_input_ids", "decoder_attention_mask"])?;
         let values = inputs.pictures("pixel_values", self.cfg.encoder.num_channels)?;
-        let (_, _, height, width) = values.dims4()?;
+        let (batch, _, height, width) = values.dims4()?;
         let layout = self.cfg.encoder.layout(HeightWidth { height, width }, false)?;
-        Ok(Pages { values: values.clone(), layout })
+        Ok(Pages { distinct: Distinct::of(values)?, batch, layout })
     }
 
     fn shape(pages: &Pages) -> [usize; 2] {
-        [pages.values.dims()[0], pages.layout.last_grid().into_iter().product()]
+        [pages.batch, pages.layout.last_grid().into_iter().product()]
     }
 
     fn encode(&self, pages: &Pages) -> Result<(Tensor, Encoded), SessionError> {
         let dtype = activation_dtype(self.dtype, &self.device);
-        let values = pages.values.to_device(&self.device)?.to_dtype(dtype)?;
-        let states = self.encoder.forward(&values, &pages.layout, None)?; // (batch, patches, features)
+        let values = pages.distinct.values().to_device(&self.device)?.to_dtype(dtype)?;
+        let states = self.encoder.forward(&values, &pages.layout, None)?; // (pages, patches, features)
+        let states = pages.distinct.spread(states)?; // (batch, patches, features)
         let projected = match &self.enc_to_dec_proj {
             Some(projection) => projection.forward(&states)?,
             None => states.clone(),
@@ -170,7 +174,7 @@ impl PictureToText for DonutModel {
             let [from, to] = widths.map(|width| width as u64);
             cost::linear(batch * states, from, to, true, bytes)
         });
-        swin::encoder_cost(&self.cfg.encoder, batch, &pages.layout, self.dtype) + projection
+        swin::encoder_cost(&self.cfg.encoder, pages.distinct.count() as u64, &pages.layout, self.dtype) + projection
     }
 }
 
@@ -240,7 +244,8 @@ mod tests {
         let outputs = outputs?;
         assert_eq!(outputs["encoder_last_hidden_state"].dims(), [1, 4, 4]);
         assert_eq!(outputs["logits"].dims(), [1, 2, 10]);
-        assert_eq!(session.cost(&call)?[0].cost.flops, encoder + decoder);
+        let flops: Vec<u64> = session.cost(&call)?.iter().map(|phase| phase.cost.flops).collect();
+        assert_eq!(flops, [encoder, decoder]);
         assert_eq!(recorded.flops, encoder + decoder);
         Ok(())
     }

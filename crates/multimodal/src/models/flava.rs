@@ -24,6 +24,8 @@ use roofbench_vision::models::{HeightWidth, activation_dtype};
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
+use super::{behind, forward_phase};
+
 /// The classes that run.
 pub const CLASSES: &[&str] = &["FlavaModel", "FlavaForPreTraining", "FlavaImageCodebook"];
 
@@ -720,12 +722,13 @@ impl FlavaModel {
     }
 
     /// `FlavaModel`.
-    fn encode(&self, encoders: &Encoders, arguments: &Arguments) -> Result<Tensors> {
+    fn encode(&self, encoders: &Encoders, arguments: &Arguments, observer: &mut dyn Observer) -> Result<Tensors> {
         let mut outputs = Tensors::new();
         let masked = arguments.masked.as_ref();
         let image = arguments.pixel_values.map(|values| encoders.image(&self.pixels(values)?, masked, false));
+        let image = announced(image.transpose()?, Phase::Vision, observer);
         let text = arguments.text.as_ref().map(|ids| encoders.text(&[ids]));
-        let (image, text) = (image.transpose()?, text.transpose()?);
+        let text = announced(text.transpose()?, Phase::Text, observer);
         if let (Some(image), Some(text), true) = (&image, &text, arguments.joins_plain) {
             encoders.join(image, text, arguments.attention_mask())?.into_outputs("multimodal", &mut outputs);
         }
@@ -738,7 +741,14 @@ impl FlavaModel {
     }
 
     /// `FlavaForPreTraining`: what is masked and what is not side by side in a batch.
-    fn predict(&self, cfg: &FlavaConfig, encoders: &Encoders, heads: &Heads, arguments: &Arguments) -> Result<Tensors> {
+    fn predict(
+        &self,
+        cfg: &FlavaConfig,
+        encoders: &Encoders,
+        heads: &Heads,
+        arguments: &Arguments,
+        observer: &mut dyn Observer,
+    ) -> Result<Tensors> {
         let both = |states: States, twice: bool| {
             let batch = states.last.dim(0)? / if twice { 2 } else { 1 };
             let other = if twice { batch } else { 0 };
@@ -752,6 +762,7 @@ impl FlavaModel {
             }
             None => None,
         };
+        let image = announced(image, Phase::Vision, observer);
         let text = match &arguments.text {
             Some(ids) => {
                 let texts: Vec<&TokenIds> = [ids].into_iter().chain(&arguments.masked_text).collect();
@@ -759,6 +770,7 @@ impl FlavaModel {
             }
             None => None,
         };
+        let text = announced(text, Phase::Text, observer);
         let mut outputs = Tensors::new();
         let mut give = |name: &str, weight: f64, logits: &dyn Fn() -> Result<Tensor>| {
             if weight > 0.0 {
@@ -970,8 +982,8 @@ impl Session for FlavaModel {
             Class::Encoders { cfg, encoders, heads } => {
                 let arguments = Arguments::read(cfg, heads.is_some(), call)?;
                 match heads {
-                    None => self.encode(encoders, &arguments)?,
-                    Some(heads) => self.predict(cfg, encoders, heads, &arguments)?,
+                    None => self.encode(encoders, &arguments, observer)?,
+                    Some(heads) => self.predict(cfg, encoders, heads, &arguments, observer)?,
                 }
             }
             Class::Codebook { cfg, codebook } => {
@@ -985,15 +997,14 @@ impl Session for FlavaModel {
 
     fn cost(&self, call: &Call) -> Result<Vec<PhaseCost>, SessionError> {
         let bytes = self.dtype.size_in_bytes() as u64;
-        let cost = match &self.class {
+        Ok(match &self.class {
             Class::Encoders { cfg, heads: None, .. } => model_cost(cfg, &Arguments::read(cfg, false, call)?, bytes)?,
             Class::Encoders { cfg, .. } => pretraining_cost(cfg, &Arguments::read(cfg, true, call)?, bytes)?,
             Class::Codebook { cfg, .. } => {
                 let (batch, _, height, width) = codebook_pixels(cfg, call)?.dims4()?;
-                ImageCodebook::cost(cfg, batch, [height, width], bytes)
+                forward_phase(ImageCodebook::cost(cfg, batch, [height, width], bytes))
             }
-        };
-        Ok(vec![PhaseCost { phase: Phase::Forward, repeats: 1, cost }])
+        })
     }
 
     fn paths(&self) -> BTreeMap<String, String> {
@@ -1002,24 +1013,24 @@ impl Session for FlavaModel {
 }
 
 /// FLOPs and bytes of one forward pass of `FlavaModel`.
-fn model_cost(cfg: &FlavaConfig, arguments: &Arguments, bytes: u64) -> Result<Cost> {
+fn model_cost(cfg: &FlavaConfig, arguments: &Arguments, bytes: u64) -> Result<Vec<PhaseCost>> {
     let (pictures, words) = (arguments.pictures()?, arguments.words()?);
-    let image = pictures.map_or(Cost::default(), |batch| Encoders::image_cost(cfg, batch, 1, bytes));
-    let text = words.map_or(Cost::default(), |shape| Encoders::text_cost(cfg, shape, 1, bytes));
+    let image = pictures.map(|batch| Encoders::image_cost(cfg, batch, 1, bytes));
+    let text = words.map(|shape| Encoders::text_cost(cfg, shape, 1, bytes));
     let joined = match (pictures, words) {
         (Some(batch), Some([_, words])) if arguments.joins_plain => Encoders::join_cost(cfg, batch, words, bytes),
         _ => Cost::default(),
     };
-    Ok(image + text + joined)
+    Ok(towers(image, text, joined))
 }
 
 /// FLOPs and bytes of one forward pass of `FlavaForPreTraining`, what is masked and what is not.
-fn pretraining_cost(cfg: &FlavaConfig, arguments: &Arguments, bytes: u64) -> Result<Cost> {
+fn pretraining_cost(cfg: &FlavaConfig, arguments: &Arguments, bytes: u64) -> Result<Vec<PhaseCost>> {
     let (pictures, words) = (arguments.pictures()?, arguments.words()?);
     let (images, texts) =
         (1 + usize::from(arguments.masked.is_some()), 1 + usize::from(arguments.masked_text.is_some()));
-    let image = pictures.map_or(Cost::default(), |batch| Encoders::image_cost(cfg, batch, images, bytes));
-    let text = words.map_or(Cost::default(), |shape| Encoders::text_cost(cfg, shape, texts, bytes));
+    let image = pictures.map(|batch| Encoders::image_cost(cfg, batch, images, bytes));
+    let text = words.map(|shape| Encoders::text_cost(cfg, shape, texts, bytes));
     let when = |weight: f64, cost: Cost| if weight > 0.0 { cost } else { Cost::default() };
     let image_head =
         |rows| PredictionHead::cost(rows, cfg.image_config.hidden_size, cfg.image_config.vocab_size, bytes);
@@ -1045,7 +1056,24 @@ fn pretraining_cost(cfg: &FlavaConfig, arguments: &Arguments, bytes: u64) -> Res
         (None, Some([batch, words])) => when(cfg.mlm_weight, text_head(batch * words)),
         (None, None) => Cost::default(),
     };
-    Ok(image + text + heads)
+    Ok(towers(image, text, heads))
+}
+
+/// The towers that ran, as components before the rest.
+fn towers(image: Option<Cost>, text: Option<Cost>, rest: Cost) -> Vec<PhaseCost> {
+    let rest = match text {
+        Some(text) => behind([(Phase::Text, text)], forward_phase(rest)),
+        None => forward_phase(rest),
+    };
+    match image {
+        Some(image) => behind([(Phase::Vision, image)], rest),
+        None => rest,
+    }
+}
+
+/// What a tower gave, whose end the observer is told where it ran.
+fn announced<T>(states: Option<T>, tower: Phase, observer: &mut dyn Observer) -> Option<T> {
+    states.inspect(|_| observer.end(tower))
 }
 
 #[cfg(test)]
@@ -1182,7 +1210,8 @@ mod tests {
         ]);
         let call = Call { inputs, ..call(json!({})) };
         let arguments = Arguments::read(&cfg, false, &call).expect("a call");
-        let flops = model_cost(&cfg, &arguments, 4).expect("a cost").flops as f64;
+        let phases = model_cost(&cfg, &arguments, 4).expect("a cost");
+        let flops = phases.iter().map(|phase| phase.cost.flops).sum::<u64>() as f64;
         let attended = |rows: f64, layers: f64| layers * (24.0 * rows * 768.0 * 768.0 + 4.0 * rows * rows * 768.0);
         let products = attended(197.0, 12.0)
             + attended(77.0, 12.0)

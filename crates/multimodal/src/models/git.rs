@@ -30,7 +30,7 @@ use roofbench_vision::models::activation_dtype;
 use serde::Deserialize;
 
 use super::vision_tower::{Form, Pixels, VisionTower, VisionTowerConfig};
-use super::{forward_phase, named};
+use super::{behind, forward_phase, named};
 
 /// The classes that run.
 pub const CLASSES: &[&str] = &["GitForCausalLM"];
@@ -373,7 +373,7 @@ impl GitModel {
     }
 
     /// What the layers get of pictures: (batch, rows, hidden).
-    fn see(&self, visual: &Visual, batch: usize) -> Result<Tensor, SessionError> {
+    fn see(&self, visual: &Visual, batch: usize, observer: &mut dyn Observer) -> Result<Tensor, SessionError> {
         let pixels = visual.pixels(&self.vision)?;
         let x = self.image_encoder.post_layernorm(&self.image_encoder.forward(&pixels)?)?; // (pictures, tokens, width)
         let (pictures, tokens, width) = x.dims3()?;
@@ -385,8 +385,10 @@ impl GitModel {
             }
             _ => x,
         };
+        observer.end(Phase::Vision);
         let (linear, norm) = &self.visual_projection;
         let x = norm.forward(&linear.forward(&x)?)?; // (items, rows, hidden)
+        observer.end(Phase::Projector);
         match batch / x.dim(0)? {
             1 => Ok(x),
             sequences => Ok(x.repeat((sequences, 1, 1))?),
@@ -417,7 +419,7 @@ impl GitModel {
         layers.try_fold(x, |x, (i, layer)| layer.feed_forward.forward(&layer.attention.step(i, &x, decoding)?))
     }
 
-    fn forward(&self, request: &Request) -> Result<Tensors, SessionError> {
+    fn forward(&self, request: &Request, observer: &mut dyn Observer) -> Result<Tensors, SessionError> {
         let Some(input_ids) = &request.input_ids else { return Err(SessionError::input("input_ids", "is missing")) };
         let ((batch, seq), device) = (input_ids.dims2()?, &self.spec.device);
         let position_ids = match &request.position_ids {
@@ -431,7 +433,7 @@ impl GitModel {
             return Ok(named([("logits", self.output.forward(&x)?)]));
         };
         let mut decoding = self.cfg.shape().decoding(batch, request.seen + seq, &self.spec)?;
-        let pictures = self.look(self.see(visual, batch)?, true, &mut decoding)?; // (batch, seen, hidden)
+        let pictures = self.look(self.see(visual, batch, observer)?, true, &mut decoding)?; // (batch, seen, hidden)
         if let Some(mask) = mask {
             decoding = decoding.with_attention_mask(&request.with_pictures(mask)?)?;
         }
@@ -449,7 +451,7 @@ impl GitModel {
         let (placed, mask) = at_the_end(&ids, request.attention_mask.as_ref())?;
         let mut decoding = shape.decoding(batch, request.seen + positions, &self.spec)?;
         if let Some(visual) = &request.visual {
-            self.look(self.see(visual, batch)?, false, &mut decoding)?;
+            self.look(self.see(visual, batch, observer)?, false, &mut decoding)?;
         }
         if let Some(mask) = mask {
             decoding = decoding.with_attention_mask(&request.with_pictures(&mask)?)?;
@@ -466,9 +468,9 @@ impl GitModel {
         })
     }
 
-    /// FLOPs and bytes of pictures before `batch` sequences, in the tower and in the layers.
-    fn visual_cost(&self, request: &Request, states: bool) -> Result<Cost, SessionError> {
-        let Some(visual) = &request.visual else { return Ok(Cost::default()) };
+    /// FLOPs and bytes of pictures before the sequences: in the tower, in the projection, and in the layers.
+    fn visual_cost(&self, request: &Request, states: bool) -> Result<Option<[Cost; 3]>, SessionError> {
+        let Some(visual) = &request.visual else { return Ok(None) };
         let (pixels, bytes) = (visual.pixels(&self.vision)?, self.bytes);
         let rows = pixels.shape().into_iter().product::<u64>();
         let [eyes, hidden] = [self.vision.hidden_size, self.cfg.hidden_size].map(|size| size as u64);
@@ -477,7 +479,17 @@ impl GitModel {
             self.vision.cost(&pixels, self.vision.num_hidden_layers, None, bytes) + self.vision.norm_cost(rows, bytes);
         let projection = cost::linear(rows, eyes, hidden, true, bytes) + cost::norm(Norm::Layer, rows, hidden, bytes);
         let layers = self.cfg.look_cost([request.batch as u64, request.seen as u64], states, bytes);
-        Ok(tower + moments + projection + layers)
+        Ok(Some([tower + moments, projection, layers]))
+    }
+}
+
+/// The cost of a call whose pictures cost `visual` before its text, which gets what they cost in the layers.
+fn with_pictures(visual: Option<[Cost; 3]>, text: impl FnOnce(Cost) -> Vec<PhaseCost>) -> Vec<PhaseCost> {
+    match visual {
+        Some([vision, projector, layers]) => {
+            behind([(Phase::Vision, vision), (Phase::Projector, projector)], text(layers))
+        }
+        None => text(Cost::default()),
     }
 }
 
@@ -487,7 +499,7 @@ impl Session for GitModel {
         if call.method == "generate" {
             return self.generate(call, &request, observer);
         }
-        let outputs = self.forward(&request)?;
+        let outputs = self.forward(&request, observer)?;
         observer.end(Phase::Forward);
         Ok(outputs)
     }
@@ -500,11 +512,13 @@ impl Session for GitModel {
             let length = ids.first().map_or(0, Vec::len) as u64;
             let pass = |pass: Pass| self.cfg.read_cost(Pass { cached: seen + pass.cached, ..pass }, self.bytes);
             let visual = self.visual_cost(&request, false)?;
-            return Ok(seq2seq::generate_cost(pass, visual, [batch, length], generation.max_new_tokens as u64));
+            let new = generation.max_new_tokens as u64;
+            let text = |layers| seq2seq::generate_cost(pass, layers, [batch, length], new);
+            return Ok(with_pictures(visual, text));
         }
         let seq = request.input_ids.as_ref().map_or(Ok(0), |ids| ids.dim(1))? as u64;
         let text = self.cfg.read_cost(Pass { batch, seq, cached: seen, logits: seen + seq }, self.bytes);
-        Ok(forward_phase(self.visual_cost(&request, true)? + text))
+        Ok(with_pictures(self.visual_cost(&request, true)?, |layers| forward_phase(layers + text)))
     }
 
     fn paths(&self) -> BTreeMap<String, String> {

@@ -27,7 +27,7 @@ use roofbench_vision::models::activation_dtype;
 use serde::Deserialize;
 
 use super::clip::{UNKNOWN_END, end};
-use super::{forward_phase, unit_rows, unit_rows_cost};
+use super::{unit_rows, unit_rows_cost};
 
 /// The classes that run.
 pub const CLASSES: &[&str] = &["ImageBindModel"];
@@ -176,6 +176,16 @@ impl Modality {
             Self::Depth => "depth",
             Self::Thermal => "thermal",
             Self::Imu => "imu",
+        }
+    }
+
+    /// What its tower is among the components of a call.
+    fn phase(self) -> Phase {
+        match self {
+            Self::Vision => Phase::Vision,
+            Self::Text => Phase::Text,
+            Self::Audio => Phase::Audio,
+            Self::Depth | Self::Thermal | Self::Imu => Phase::Sensor,
         }
     }
 
@@ -722,15 +732,28 @@ impl ImageBindModel {
 
 impl Session for ImageBindModel {
     fn call(&mut self, call: &Call, observer: &mut dyn Observer) -> Result<Tensors, SessionError> {
-        let embed = |input: &Input| Ok((input.modality.name().to_owned(), self.embed(input)?));
-        let outputs = Input::read_all(&self.cfg, call)?.iter().map(embed).collect::<Result<_>>()?;
-        observer.end(Phase::Forward);
-        Ok(outputs)
+        let embed = |input: &Input| {
+            let embedded = self.embed(input)?;
+            observer.end(input.modality.phase());
+            Ok((input.modality.name().to_owned(), embedded))
+        };
+        Ok(Input::read_all(&self.cfg, call)?.iter().map(embed).collect::<Result<_>>()?)
     }
 
     fn cost(&self, call: &Call) -> Result<Vec<PhaseCost>, SessionError> {
         let bytes = self.dtype.size_in_bytes() as u64;
-        Ok(forward_phase(Input::read_all(&self.cfg, call)?.iter().map(|input| input.cost(&self.cfg, bytes)).sum()))
+        let mut phases: Vec<PhaseCost> = Vec::new();
+        for input in Input::read_all(&self.cfg, call)? {
+            let (phase, cost) = (input.modality.phase(), input.cost(&self.cfg, bytes));
+            match phases.iter_mut().find(|known| known.phase == phase) {
+                Some(known) => {
+                    known.repeats += 1;
+                    known.cost += cost;
+                }
+                None => phases.push(PhaseCost { phase, repeats: 1, cost }),
+            }
+        }
+        Ok(phases)
     }
 
     fn paths(&self) -> BTreeMap<String, String> {
@@ -850,7 +873,11 @@ mod tests {
             for (name, output) in outputs? {
                 assert_eq!(output.dims(), [call.inputs[&name].dims()[0], 5], "{name}");
             }
-            assert_eq!(recorded.flops, model.cost(&call)?[0].cost.flops, "{inputs:?}");
+            assert_eq!(
+                recorded.flops,
+                model.cost(&call)?.iter().map(|phase| phase.cost.flops).sum::<u64>(),
+                "{inputs:?}"
+            );
         }
         Ok(())
     }

@@ -4,7 +4,7 @@
 use candle_core::Tensor;
 use candle_nn::VarBuilder;
 use roofbench_core::config;
-use roofbench_core::cost::{Cost, PhaseCost};
+use roofbench_core::cost::PhaseCost;
 use roofbench_core::generation::Generation;
 use roofbench_core::inputs::Inputs;
 use roofbench_core::session::{Call, ModelSpec, Observer, Result, SessionError, Tensors};
@@ -292,38 +292,23 @@ impl LanguageModel {
         }
     }
 
-    /// The cost of [`forward`](Self::forward), or with a `generation` that of [`generate`](Self::generate), behind what
-    /// costs `before`.
+    /// The cost of [`forward`](Self::forward), or with a `generation` that of [`generate`](Self::generate).
     ///
     /// # Errors
     /// A prompt without tokens for the decoder that there is.
-    pub fn cost(
-        &self,
-        prompt: &Prompt,
-        generation: Option<&Generation>,
-        before: Cost,
-    ) -> Result<Vec<PhaseCost>, SessionError> {
+    pub fn cost(&self, prompt: &Prompt, generation: Option<&Generation>) -> Result<Vec<PhaseCost>, SessionError> {
         let [batch, seq] = prompt.shape();
         let new = generation.map(|generation| generation.max_new_tokens as u64);
         match (self, new) {
-            (Self::Decoder(model), None) => {
-                Ok(forward_phase(before + model.cost(Pass { batch, seq, cached: 0, logits: seq })))
-            }
-            (Self::Decoder(model), Some(new)) => {
-                let mut phases = causal::generate_cost(&**model, [batch, seq], new);
-                if let Some(prefill) = phases.first_mut() {
-                    prefill.cost += before;
-                }
-                Ok(phases)
-            }
+            (Self::Decoder(model), None) => Ok(forward_phase(model.cost(Pass { batch, seq, cached: 0, logits: seq }))),
+            (Self::Decoder(model), Some(new)) => Ok(causal::generate_cost(&**model, [batch, seq], new)),
             (Self::EncoderDecoder(model), new) => {
-                let (before, pass) =
-                    (before + model.encoder_cost([batch, seq]), |pass: Pass| model.decoder().cost(pass, seq));
+                let (encoder, pass) = (model.encoder_cost([batch, seq]), |pass: Pass| model.decoder().cost(pass, seq));
                 if let Some(new) = new {
-                    return Ok(seq2seq::generate_cost(pass, before, [batch, 1], new));
+                    return Ok(seq2seq::generate_cost(pass, encoder, [batch, 1], new));
                 }
                 let length = decoder_input_ids(prompt)?.dim(1)? as u64;
-                Ok(forward_phase(before + pass(Pass { batch, seq: length, cached: 0, logits: length })))
+                Ok(forward_phase(encoder + pass(Pass { batch, seq: length, cached: 0, logits: length })))
             }
         }
     }

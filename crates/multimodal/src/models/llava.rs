@@ -19,6 +19,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use super::behind;
 use super::language_model::{LanguageModel, Prompt, TextConfig};
 use super::vision_tower::{Form, Pixels, VisionTower, VisionTowerConfig};
 
@@ -194,15 +195,15 @@ impl LlavaConfig {
         [self.vision_config.hidden_size * self.vision_feature_layer.numbers().len(), self.text_config.width()]
     }
 
-    /// FLOPs and bytes of the features of pictures.
-    fn features_cost(&self, features: &Features, bytes: u64) -> Cost {
+    /// FLOPs and bytes of the features of pictures: in the tower, and in the projector.
+    fn features_cost(&self, features: &Features, bytes: u64) -> [Cost; 2] {
         let (rows, bias) = (features.rows(), self.multimodal_projector_bias);
         let [from, width] = self.projector().map(|size| size as u64);
         let layers = features.depths.iter().copied().max().unwrap_or(0);
-        self.vision_config.cost(&features.pixels, layers, None, bytes)
-            + cost::linear(rows, from, width, bias, bytes)
+        let projector = cost::linear(rows, from, width, bias, bytes)
             + cost::elementwise(rows * width, 1) // the activation, one whichever it is
-            + cost::linear(rows, width, width, bias, bytes)
+            + cost::linear(rows, width, width, bias, bytes);
+        [self.vision_config.cost(&features.pixels, layers, None, bytes), projector]
     }
 }
 
@@ -325,23 +326,26 @@ impl LlavaModel {
     }
 
     /// The features of pictures: (features, width).
-    fn see(&self, features: &Features) -> Result<Tensor> {
+    fn see(&self, features: &Features, observer: &mut dyn Observer) -> Result<Tensor> {
         let states = self.vision_tower.hidden_states(&features.pixels, &features.depths)?;
+        observer.end(Phase::Vision);
         let mut x = Tensor::cat(&states, 2)?; // (pictures, 1 + patches, layers * hidden)
         if features.strategy == Strategy::Default {
             x = x.narrow(1, 1, x.dim(1)? - 1)?;
         }
-        self.multi_modal_projector.forward(&x)?.flatten_to(1)
+        let x = self.multi_modal_projector.forward(&x)?.flatten_to(1)?;
+        observer.end(Phase::Projector);
+        Ok(x)
     }
 }
 
 impl Session for LlavaModel {
     fn call(&mut self, call: &Call, observer: &mut dyn Observer) -> Result<Tensors, SessionError> {
         let Request { features, prompt, generation } = self.read(call)?;
-        let mut x = self.language_model.embed(&prompt.input_ids)?; // (batch, seq, width)
         let mut outputs = Tensors::new();
-        if let Some(features) = &features {
-            let features = self.see(features)?;
+        let features = features.map(|features| self.see(&features, observer)).transpose()?;
+        let mut x = self.language_model.embed(&prompt.input_ids)?; // (batch, seq, width)
+        if let Some(features) = features {
             x = prompt.put(&x, self.cfg.image_token_index, &features)?;
             outputs.insert("image_hidden_states".to_owned(), features);
         }
@@ -355,8 +359,14 @@ impl Session for LlavaModel {
 
     fn cost(&self, call: &Call) -> Result<Vec<PhaseCost>, SessionError> {
         let Request { features, prompt, generation } = self.read(call)?;
-        let features = features.map_or(Cost::default(), |features| self.cfg.features_cost(&features, self.bytes));
-        self.language_model.cost(&prompt, generation.as_ref(), features)
+        let language = self.language_model.cost(&prompt, generation.as_ref())?;
+        Ok(match features {
+            Some(features) => {
+                let [vision, projector] = self.cfg.features_cost(&features, self.bytes);
+                behind([(Phase::Vision, vision), (Phase::Projector, projector)], language)
+            }
+            None => language,
+        })
     }
 
     fn paths(&self) -> BTreeMap<String, String> {
@@ -428,6 +438,18 @@ mod tests {
         assert_eq!(cfg.depths(&cfg.vision_feature_layer).unwrap(), [12, 0, 3]);
     }
 
+    /// As on the Hub, where the language model's sizes are left out.
+    #[test]
+    fn the_published_config_is_read_whole() -> Result<(), Box<dyn std::error::Error>> {
+        let (_, checkpoint) = roofbench_core::catalog::checkpoint("llava-hf/llava-1.5-7b-hf")?;
+        let cfg = LlavaConfig::from_spec(&ModelSpec::new("llava", &checkpoint.class, checkpoint.config.clone()))?;
+        let TextConfig::Llama(text) = &cfg.text_config else { panic!("{:?}", cfg.text_config) };
+        assert_eq!((text.hidden_size, text.intermediate_size, text.num_hidden_layers), (4096, 11_008, 32));
+        assert_eq!((text.vocab_size, text.tie_word_embeddings, cfg.projector()), (32_064, false, [1024, 4096]));
+        assert_eq!((cfg.image_token_index, cfg.depths(&cfg.vision_feature_layer)), (32_000, Ok(vec![23])));
+        Ok(())
+    }
+
     #[test]
     fn configs_that_would_give_another_result_are_refused_by_name() {
         let message =
@@ -453,7 +475,8 @@ mod tests {
             let call = call(row, arguments);
             let (outputs, recorded) = roofbench_nn::cost::record(|| model.call(&call, &mut Unobserved));
             assert_eq!(outputs.unwrap()["logits"].dims(), [1, 6, 30]);
-            assert_eq!(model.cost(&call).unwrap()[0].cost.flops, recorded.flops);
+            let flops: u64 = model.cost(&call).unwrap().iter().map(|phase| phase.cost.flops).sum();
+            assert_eq!(flops, recorded.flops);
         }
         let mut message = |row: &[i64], arguments| {
             model.call(&call(row, arguments), &mut Unobserved).err().map(|error| error.to_string()).unwrap_or_default()
@@ -490,7 +513,7 @@ mod tests {
         let tower = 577. * 23. * (4. * 1024. * 1024. + 2. * 1024. * 4096.);
         let attention = 23. * 577. * 577. * 2. * 1024.;
         let projector = 576. * (1024. * 4096. + 4096. * 4096.);
-        let flops = cfg.features_cost(&features, 2).flops as f64;
+        let flops: f64 = cfg.features_cost(&features, 2).iter().map(|cost| cost.flops as f64).sum();
         assert!((flops / (2. * (tower + attention + projector)) - 1.).abs() < 0.02, "{flops:e}");
     }
 }

@@ -7,6 +7,7 @@ use roofbench_core::session::{Phase, Result, Tensors};
 pub mod blip;
 pub mod blip_2;
 pub mod clip;
+pub(crate) mod distinct;
 pub mod donut;
 pub mod encoder_layer;
 pub mod flava;
@@ -32,6 +33,12 @@ pub(crate) fn named<const N: usize>(outputs: [(&str, Tensor); N]) -> Tensors {
 /// A call of one phase.
 pub(crate) fn forward_phase(cost: Cost) -> Vec<PhaseCost> {
     vec![PhaseCost { phase: Phase::Forward, repeats: 1, cost }]
+}
+
+/// The cost of a call in which `components` run before what `rest` is of.
+pub(crate) fn behind<const N: usize>(components: [(Phase, Cost); N], rest: Vec<PhaseCost>) -> Vec<PhaseCost> {
+    let component = |(phase, cost)| PhaseCost { phase, repeats: 1, cost };
+    components.into_iter().map(component).chain(rest).collect()
 }
 
 /// Rows of length 1, as cosines are made of: (rows, width) → (rows, width). Mirrors `torch.nn.functional.normalize`.

@@ -116,7 +116,8 @@ impl Session for StockClip {
 
     fn cost(&self, call: &Call) -> Result<Vec<PhaseCost>, SessionError> {
         let (tokens, pixels) = clip::read_both(&self.cfg, call)?;
-        Ok(forward_phase(self.cfg.cost(&tokens, &pixels, self.spec.dtype.size_in_bytes() as u64)))
+        let parts = self.cfg.cost(&tokens, &pixels, self.spec.dtype.size_in_bytes() as u64);
+        Ok(forward_phase(parts.into_iter().sum()))
     }
 
     fn paths(&self) -> BTreeMap<String, String> {
@@ -218,6 +219,7 @@ impl Session for StockBlip {
         let (Caption::Forward { pixels, .. } | Caption::Generate { pixels, .. }) = &caption;
         let pixel_values = pixels.values().to_device(&self.spec.device)?.to_dtype(self.spec.dtype)?;
         let image_embeds = self.model.vision_model().forward(&pixel_values)?;
+        observer.end(Phase::Vision);
         match &caption {
             Caption::Forward { text, .. } => {
                 let logits = self.logits(&text.input_ids, &image_embeds)?;

@@ -19,6 +19,7 @@ use roofbench_vision::models::activation_dtype;
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::distinct::Distinct;
 use super::encoder_layer::{EncoderLayerConfig, Projections};
 
 /// Whose tower it is.
@@ -148,7 +149,7 @@ impl VisionTowerConfig {
     /// FLOPs and bytes of the states behind the first `layers` layers, of the last of which all rows are used, or so many
     /// first ones.
     pub fn cost(&self, pixels: &Pixels, layers: usize, rows: Option<usize>, bytes: u64) -> Cost {
-        let [batch, tokens] = pixels.shape();
+        let (batch, tokens) = (pixels.distinct.count() as u64, pixels.shape()[1]);
         let (patches, hidden) = (tokens - 1, self.hidden_size as u64);
         let [channels, patch, learned] = [self.num_channels, self.patch_size, self.learned()].map(|size| size as u64);
         let projection = cost::Conv2d {
@@ -168,7 +169,7 @@ impl VisionTowerConfig {
             }
             false => Cost::default(),
         };
-        let embeddings = cost::input(pixels.values.elem_count() as u64, bytes)
+        let embeddings = cost::input(pixels.distinct.values().elem_count() as u64, bytes)
             + projection.cost(bytes)
             + cost::elementwise(batch * patches * hidden, 1) // positions added
             + interpolation
@@ -193,6 +194,8 @@ impl VisionTowerConfig {
 pub struct Pixels<'a> {
     /// (batch, channels, height, width)
     values: &'a Tensor,
+    /// Those that the tower sees.
+    distinct: Distinct,
     /// Rows and columns of their patches.
     grid: [usize; 2],
     /// The positions are to be interpolated to these.
@@ -229,7 +232,7 @@ impl<'a> Pixels<'a> {
             return Err(SessionError::input("pixel_values", reason));
         }
         // where rows and columns stay, interpolation changes nothing
-        Ok(Self { values, grid, interpolated: grid != [cfg.learned(); 2] })
+        Ok(Self { values, distinct: Distinct::of(values)?, grid, interpolated: grid != [cfg.learned(); 2] })
     }
 
     /// (batch, channels, height, width).
@@ -301,13 +304,13 @@ impl VisionTower {
     /// What the first layer gets: patches with their positions behind the class token, in CLIP normalised.
     ///
     /// # Shapes
-    /// (batch, 1 + patches, hidden).
+    /// (pictures that differ, 1 + patches, hidden).
     ///
     /// # Errors
     /// Candle's.
     fn embed(&self, pixels: &Pixels) -> Result<Tensor> {
         let (dtype, device) = (self.positions.dtype(), self.positions.device());
-        let values = pixels.values.to_device(device)?.to_dtype(dtype)?;
+        let values = pixels.distinct.values().to_device(device)?.to_dtype(dtype)?;
         let (batch, hidden, [rows, columns]) = (values.dim(0)?, self.cfg.hidden_size, pixels.grid);
         let positions = match pixels.interpolated {
             true => resize::bicubic_grid(&self.positions, (rows, columns), false)?.to_dtype(dtype)?,
@@ -333,7 +336,7 @@ impl VisionTower {
     pub fn hidden_state(&self, pixels: &Pixels, layers: usize) -> Result<Tensor> {
         let layers = &self.layers[..layers.min(self.layers.len())];
         let rows = if layers.len() == self.layers.len() { &self.rows } else { &Rows::All };
-        encode(layers, self.embed(pixels)?, rows, None)
+        pixels.distinct.spread(encode(layers, self.embed(pixels)?, rows, None)?)
     }
 
     /// The streams behind so many layers each, of one pass: see [`hidden_state`](Self::hidden_state).
@@ -350,7 +353,7 @@ impl VisionTower {
             x = layer.forward(&x, &Rows::All, None)?;
             states.iter_mut().zip(layers).filter(|(_, wanted)| **wanted == i + 1).for_each(|(y, _)| *y = x.clone());
         }
-        Ok(states)
+        states.into_iter().map(|states| pixels.distinct.spread(states)).collect()
     }
 
     /// The stream behind the last layer, as [`hidden_state`](Self::hidden_state).

@@ -7,6 +7,8 @@
 //! where they are. Groups are products of their own. A transposed convolution is one such product per phase of its
 //! stride, with the taps that meet that phase, so nothing is multiplied by the zeros between the pixels.
 //!
+//! Kernels of 3 × 3 at stride 1 may take [`winograd`](super::winograd)'s forms instead.
+//!
 //! A depthwise convolution copies a band of one vector of channels, padding included, and slides over it with the sums
 //! in registers: inside the band every window is whole and every load a full vector, whatever the border and the
 //! number of channels.
@@ -31,6 +33,7 @@ use super::KernelError;
 use super::isa::Isa;
 use super::matmul::{Block, Epilogue, Out, PackedMatrix, Rows, Source, Weights, finish, share};
 use super::simd::{Kernel, MAX_LANES, Simd, simd_entry};
+use super::winograd::Winograd;
 use crate::activation::Activation;
 use crate::memory::Buffer;
 use crate::op::Shared;
@@ -210,7 +213,7 @@ pub(crate) struct PackedConv {
 
 enum Kind {
     /// One matrix per group: (out, kernel height · kernel width · in).
-    Product(Vec<PackedMatrix>),
+    Product(Vec<PackedMatrix>, Option<Winograd>),
     Depthwise(DepthwiseWeights),
 }
 
@@ -231,7 +234,7 @@ impl PackedConv {
         Self::pack_for(Isa::current(), weights, channels_in, channels_out, geometry)
     }
 
-    fn pack_for(
+    pub(super) fn pack_for(
         isa: Isa,
         weights: Weights<'_>,
         channels_in: usize,
@@ -250,15 +253,17 @@ impl PackedConv {
                 let range = group * n * k..(group + 1) * n * k;
                 PackedMatrix::pack_for(isa, weights.slice(range), n, k)
             };
-            Kind::Product((0..groups).map(part).collect::<Result<_, _>>()?)
+            let matrices = (0..groups).map(part).collect::<Result<Vec<_>, _>>()?;
+            let winograd = Winograd::new(&geometry, &matrices);
+            Kind::Product(matrices, winograd)
         };
         Ok(Self { geometry, channels_in, channels_out, kind })
     }
 
-    /// Bytes of the weights, padding included.
+    /// Bytes of the weights, padding included; what Winograd's forms keep comes on top.
     pub(crate) fn bytes(&self) -> usize {
         match &self.kind {
-            Kind::Product(matrices) => matrices.iter().map(PackedMatrix::bytes).sum(),
+            Kind::Product(matrices, _) => matrices.iter().map(PackedMatrix::bytes).sum(),
             Kind::Depthwise(weights) => size_of_val::<[f32]>(&weights.packed),
         }
     }
@@ -283,27 +288,22 @@ impl PackedConv {
         KernelError::check("the output", out_size.and_then(|size| count(size, channels_out)), out.len())?;
         after.check(channels_out, out.len())?;
         let (Some(out_size), false) = (out_size, out.is_empty()) else { return Ok(()) };
+        let image = Image { x, batch, size, out_size, channels: channels_in };
         match &self.kind {
-            Kind::Product(matrices) => self.products(matrices, x, batch, size, out_size, after, out),
-            Kind::Depthwise(weights) => {
-                let image = Image { x, batch, size, out_size, channels: channels_in };
-                depthwise(weights, &geometry, &image, after, out);
+            Kind::Product(matrices, winograd) => {
+                let direct = |out: &mut _| self.products(matrices, &image, after, out);
+                match winograd {
+                    Some(winograd) => winograd.forward(&matrices[0], geometry.padding, &image, after, out, direct),
+                    None => direct(out),
+                }
             }
+            Kind::Depthwise(weights) => depthwise(weights, &geometry, &image, after, out),
         }
         Ok(())
     }
 
-    #[expect(clippy::too_many_arguments, reason = "the checked arguments of forward")]
-    fn products(
-        &self,
-        matrices: &[PackedMatrix],
-        x: &[f32],
-        batch: usize,
-        size: [usize; 2],
-        out_size: [usize; 2],
-        after: &After<'_>,
-        out: &mut [MaybeUninit<f32>],
-    ) {
+    fn products(&self, matrices: &[PackedMatrix], image: &Image<'_>, after: &After<'_>, out: &mut [MaybeUninit<f32>]) {
+        let &Image { x, batch, size, out_size, .. } = image;
         let &Self { geometry: Geometry { kernel, stride, dilation, padding, groups }, .. } = self;
         let (pixel, c_stride) = (self.channels_in, self.channels_out);
         let (channels, n) = (pixel / groups, c_stride / groups);
@@ -338,12 +338,12 @@ impl PackedConv {
 }
 
 /// A pass over an image.
-struct Image<'a> {
-    x: &'a [f32],
-    batch: usize,
-    size: [usize; 2],
-    out_size: [usize; 2],
-    channels: usize,
+pub(super) struct Image<'a> {
+    pub(super) x: &'a [f32],
+    pub(super) batch: usize,
+    pub(super) size: [usize; 2],
+    pub(super) out_size: [usize; 2],
+    pub(super) channels: usize,
 }
 
 /// (vectors of channels, kernel height, kernel width, lanes), channels past the last zero.
@@ -826,12 +826,12 @@ fn gcd(a: usize, b: usize) -> usize {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::super::activation::activate_scalar;
     use super::*;
 
     /// Numbers in [-1, 1), the same in every run.
-    fn numbers(len: usize, seed: u64) -> Vec<f32> {
+    pub(in super::super) fn numbers(len: usize, seed: u64) -> Vec<f32> {
         let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
         let mut next = || {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -841,7 +841,10 @@ mod tests {
     }
 
     /// Runs `kernel` into an output whose every element has to be overwritten.
-    fn output(len: usize, kernel: impl FnOnce(&mut [MaybeUninit<f32>]) -> Result<(), KernelError>) -> Vec<f32> {
+    pub(in super::super) fn output(
+        len: usize,
+        kernel: impl FnOnce(&mut [MaybeUninit<f32>]) -> Result<(), KernelError>,
+    ) -> Vec<f32> {
         let mut out = vec![MaybeUninit::new(-1e30f32); len];
         kernel(&mut out).unwrap();
         // SAFETY: initialised above.
@@ -858,7 +861,7 @@ mod tests {
     }
 
     /// The definition. `w` is (out, kernel height, kernel width, in / groups).
-    fn conv_reference(
+    pub(in super::super) fn conv_reference(
         x: &[f32],
         (batch, size): (usize, [usize; 2]),
         w: &[f32],
@@ -952,7 +955,13 @@ mod tests {
         }
     }
 
-    fn geometry(kernel: usize, stride: usize, dilation: usize, padding: usize, groups: usize) -> Geometry {
+    pub(in super::super) fn geometry(
+        kernel: usize,
+        stride: usize,
+        dilation: usize,
+        padding: usize,
+        groups: usize,
+    ) -> Geometry {
         Geometry {
             kernel: [kernel; 2],
             stride: [stride; 2],

@@ -8,6 +8,7 @@ use std::sync::OnceLock;
 use candle_core::{DType, Device};
 
 use super::matmul::PairProduct;
+use super::winograd;
 use crate::linear::Precision;
 use crate::options;
 
@@ -151,7 +152,8 @@ impl fmt::Display for Dot {
 }
 
 /// Which path the blocks take on `device` with weights in `dtype`, by kind of operation: the instruction set of the fused
-/// kernels, with the form of the weights where it is not their own, or `candle`.
+/// kernels, with the form of the weights where it is not their own, or `candle`. Convolutions have an entry once a way was
+/// chosen for some of them, by [`options`] or by timing.
 pub fn paths(device: &Device, dtype: DType) -> BTreeMap<String, String> {
     let options = options::current();
     let fused = device.is_cpu() && matches!(dtype, DType::F32 | DType::BF16 | DType::F16);
@@ -166,7 +168,10 @@ pub fn paths(device: &Device, dtype: DType) -> BTreeMap<String, String> {
     };
     let attention = if fused && options.fused_attention { isa.to_string() } else { candle() };
     let norm = if fused { isa.to_string() } else { candle() };
-    [("matmul", matmul), ("attention", attention), ("norm", norm)].map(|(kind, path)| (kind.to_owned(), path)).into()
+    let packed = fused && dtype == DType::F32 && options.packed_weights;
+    let conv = winograd::path().filter(|_| packed).map(|conv| ("conv", conv));
+    let paths = [("matmul", matmul), ("attention", attention), ("norm", norm)];
+    paths.into_iter().chain(conv).map(|(kind, path)| (kind.to_owned(), path)).collect()
 }
 
 impl fmt::Display for Isa {

@@ -35,13 +35,12 @@
 //! 2048 × 8192 runs at 25 and 18 GB/s with 4 and 8 rows, 2 KiB ahead at 34 and 26.
 //!
 //! Weights in bf16 are multiplied as bf16, the rows of A rounded to it as well, where the CPU does that faster than f32
-//! ([`PairProduct`]): such panels hold two neighbours over k in a lane, and the tile is the same with `vdpbf16ps` for the
-//! multiply-add.
+//! ([`PairProduct`]): such panels hold two neighbours over k in a lane, and the tile is the same with `vdpbf16ps` (on
+//! Arm `bfdot`) for the multiply-add.
 #![expect(unsafe_code, reason = "micro-kernels on raw rows; lengths are checked once, in `matmul`")]
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
-#[cfg(target_arch = "x86_64")]
 use std::sync::OnceLock;
 
 use half::{bf16, f16};
@@ -114,6 +113,9 @@ pub(super) enum PairProduct {
     /// `vdpbf16ps`.
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16,
+    /// `bfdot`.
+    #[cfg(target_arch = "aarch64")]
+    NeonBf16,
 }
 
 impl PairProduct {
@@ -123,29 +125,37 @@ impl PairProduct {
     /// of them, so the two are timed once, on registers, for some microseconds. `ROOFBENCH_BF16=f32` turns it off and
     /// `ROOFBENCH_BF16=dot` on.
     pub(super) fn chosen() -> Option<Self> {
-        #[cfg(target_arch = "x86_64")]
-        {
-            static FASTER: OnceLock<bool> = OnceLock::new();
-            if Isa::current() != Isa::Avx512 || !is_x86_feature_detected!("avx512bf16") {
-                return None;
-            }
-            let faster = || match std::env::var("ROOFBENCH_BF16").as_deref() {
-                Ok("dot") => true,
-                Ok("f32") => false,
-                _ => pairs_over_single() > 1.2,
-            };
-            let chosen = options::current().bf16_products.unwrap_or_else(|| *FASTER.get_or_init(faster));
-            chosen.then_some(Self::Avx512Bf16)
+        static FASTER: OnceLock<bool> = OnceLock::new();
+        let product = Self::available(Isa::current())?;
+        let faster = || match std::env::var("ROOFBENCH_BF16").as_deref() {
+            Ok("dot") => true,
+            Ok("f32") => false,
+            _ => pairs_over_single() > 1.2,
+        };
+        let chosen = options::current().bf16_products.unwrap_or_else(|| *FASTER.get_or_init(faster));
+        chosen.then_some(product)
+    }
+
+    /// The instruction for it that goes with `isa`, where this CPU has one.
+    fn available(isa: Isa) -> Option<Self> {
+        match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => is_x86_feature_detected!("avx512bf16").then_some(Self::Avx512Bf16),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => std::arch::is_aarch64_feature_detected!("bf16").then_some(Self::NeonBf16),
+            _ => None,
         }
-        #[cfg(not(target_arch = "x86_64"))]
-        None
     }
 }
 
-/// How many multiplications of bf16 this CPU, which has AVX-512 with BF16, does in the time of one of f32.
-#[cfg(target_arch = "x86_64")]
+/// How many multiplications of bf16 this CPU, which has an instruction for them, does in the time of one of f32.
 fn pairs_over_single() -> f64 {
-    use super::simd::{Avx512, Avx512Bf16};
+    #[cfg(target_arch = "x86_64")]
+    use super::simd::{Avx512 as Single, Avx512Bf16 as Pairs};
+    #[cfg(target_arch = "aarch64")]
+    use super::simd::{Neon as Single, NeonBf16 as Pairs};
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    use super::simd::{Scalar as Single, Scalar as Pairs};
     const STEPS: usize = 2000;
 
     struct Sums<E>(std::marker::PhantomData<E>);
@@ -175,9 +185,9 @@ fn pairs_over_single() -> f64 {
     }
     let kind = std::marker::PhantomData;
     // SAFETY: the caller has seen that the CPU has both.
-    let single = best(|| unsafe { Avx512::call(&Sums::<f32>(kind)) });
+    let single = best(|| unsafe { Single::call(&Sums::<f32>(kind)) });
     // SAFETY: as above.
-    let pairs = best(|| unsafe { Avx512Bf16::call(&Sums::<Pair>(std::marker::PhantomData)) });
+    let pairs = best(|| unsafe { Pairs::call(&Sums::<Pair>(std::marker::PhantomData)) });
     2.0 * single / pairs
 }
 
@@ -220,6 +230,18 @@ impl PackedMatrix {
             Weights::F16(w) => Panels::F16(pack_panels(|row, i| w[row * k + i], n, k, width)),
         };
         Ok(Self { isa, n, k, panels })
+    }
+
+    /// The instruction set that it is packed for.
+    pub(super) fn isa(&self) -> Isa {
+        self.isa
+    }
+
+    /// Weight (row, i), where they are in f32.
+    pub(super) fn elements(&self) -> Option<impl Fn(usize, usize) -> f32 + Sync> {
+        let Panels::F32(panels) = &self.panels else { return None };
+        let (width, k) = (panel_width(self.isa), self.k);
+        Some(move |row: usize, i: usize| panels[(row / width * k + i) * width + row % width])
     }
 
     /// Columns of C: rows of the weights.
@@ -292,10 +314,15 @@ impl PackedMatrix {
                 Panels::F32(panels) => block_f32(isa, block, n, k, panels.as_ptr()),
                 Panels::Bf16(panels) => block_bf16(isa, block, n, k, panels.as_ptr()),
                 Panels::F16(panels) => block_f16(isa, block, n, k, panels.as_ptr()),
-                #[cfg(test)]
-                Panels::Pairs(panels, PairProduct::Halves) => block_pairs(isa, block, n, k, panels.as_ptr()),
-                #[cfg(target_arch = "x86_64")]
-                Panels::Pairs(panels, PairProduct::Avx512Bf16) => block_dot(block, n, k, panels.as_ptr()),
+                #[allow(unused_variables, reason = "CPUs without any such product")]
+                Panels::Pairs(panels, product) => match *product {
+                    #[cfg(test)]
+                    PairProduct::Halves => block_pairs(isa, block, n, k, panels.as_ptr()),
+                    #[cfg(target_arch = "x86_64")]
+                    PairProduct::Avx512Bf16 => block_dot(block, n, k, panels.as_ptr()),
+                    #[cfg(target_arch = "aarch64")]
+                    PairProduct::NeonBf16 => block_dot(block, n, k, panels.as_ptr()),
+                },
             }
         }
     }
@@ -317,7 +344,7 @@ pub(super) fn panel_width(isa: Isa) -> usize {
 }
 
 /// Panels of the elements (row, i) that `element` gives for rows below n.
-fn pack_panels<T: Copy + Default + Send + Sync>(
+pub(super) fn pack_panels<T: Copy + Default + Send + Sync>(
     element: impl Fn(usize, usize) -> T + Sync,
     n: usize,
     k: usize,
@@ -645,6 +672,15 @@ unsafe fn block_dot(block: &Block<'_>, n: usize, k: usize, panels: *const Pair) 
     unsafe { multiply::<super::simd::Avx512Bf16, Pair>(block, n, k, panels) }
 }
 
+/// # Safety
+/// As for [`block_f32`], A and W in pairs; the CPU has BF16.
+#[cfg(target_arch = "aarch64")]
+#[target_feature(enable = "neon,bf16")]
+unsafe fn block_dot(block: &Block<'_>, n: usize, k: usize, panels: *const Pair) {
+    // SAFETY: the caller's.
+    unsafe { multiply::<super::simd::NeonBf16, Pair>(block, n, k, panels) }
+}
+
 /// A stored weight.
 pub(super) trait Element: Copy {
     /// `S::LANES` of them, as f32.
@@ -834,6 +870,22 @@ pub(super) struct Out {
     pub(super) staged: Option<*mut f32>,
 }
 
+impl Out {
+    /// The sums alone, at `staged`.
+    pub(super) fn bare(staged: *mut f32) -> Self {
+        Self {
+            c: staged,
+            stride: 0,
+            add: false,
+            bias: None,
+            residual: None,
+            relu: false,
+            activation_last: false,
+            staged: Some(staged),
+        }
+    }
+}
+
 /// `M` rows of one panel over `steps` of k.
 struct Tile<'a, E, const M: usize> {
     a: *const f32,
@@ -844,8 +896,18 @@ struct Tile<'a, E, const M: usize> {
 }
 
 /// Runs the tile of `height` rows.
+///
+/// # Safety
+/// The CPU has `S`; `height` rows of `steps` lie `stride` apart at `a`, as many of a panel at `b`, and `out` has room.
 #[inline(always)]
-unsafe fn tile<S: Simd, E: Element>(height: usize, a: *const f32, stride: usize, b: *const E, steps: usize, out: &Out) {
+pub(super) unsafe fn tile<S: Simd, E: Element>(
+    height: usize,
+    a: *const f32,
+    stride: usize,
+    b: *const E,
+    steps: usize,
+    out: &Out,
+) {
     macro_rules! heights {
         ($($m:literal)*) => {
             match height {
@@ -1024,12 +1086,7 @@ mod tests {
     }
 
     fn pair_products(isa: Isa) -> Vec<PairProduct> {
-        let mut products = vec![PairProduct::Halves];
-        #[cfg(target_arch = "x86_64")]
-        if isa == Isa::Avx512 && is_x86_feature_detected!("avx512bf16") {
-            products.push(PairProduct::Avx512Bf16);
-        }
-        products
+        [PairProduct::Halves].into_iter().chain(PairProduct::available(isa)).collect()
     }
 
     #[test]

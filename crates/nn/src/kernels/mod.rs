@@ -18,6 +18,7 @@ pub(crate) mod rms_norm;
 pub(crate) mod rope;
 pub(crate) mod simd;
 pub(crate) mod window_attention;
+pub(crate) mod winograd;
 
 /// Arguments that do not fit together.
 #[derive(Debug, thiserror::Error)]

@@ -371,7 +371,7 @@ mod x86 {
 }
 
 #[cfg(target_arch = "aarch64")]
-pub(crate) use arm::Neon;
+pub(crate) use arm::{Neon, NeonBf16};
 
 #[cfg(target_arch = "aarch64")]
 mod arm {
@@ -383,69 +383,100 @@ mod arm {
     #[derive(Clone, Copy)]
     pub(crate) struct Neon;
 
-    impl Simd for Neon {
-        const LANES: usize = 4;
-        const REGISTERS: usize = 32;
-        type F = float32x4_t;
+    /// The same with BF16.
+    #[derive(Clone, Copy)]
+    pub(crate) struct NeonBf16;
 
-        call!(Neon);
-        ops! {
-            fn splat(x: f32) -> float32x4_t { vdupq_n_f32(x) }
-            fn load(p: *const f32) -> float32x4_t { vld1q_f32(p) }
-            fn store(p: *mut f32, x: float32x4_t) { vst1q_f32(p, x) }
-            fn load_partial(p: *const f32, n: usize) -> float32x4_t {
-                let mut lanes = [0.0f32; 4];
-                std::ptr::copy_nonoverlapping(p, lanes.as_mut_ptr(), n);
-                vld1q_f32(lanes.as_ptr())
-            }
-            fn store_partial(p: *mut f32, n: usize, x: float32x4_t) {
-                let mut lanes = [0.0f32; 4];
-                vst1q_f32(lanes.as_mut_ptr(), x);
-                std::ptr::copy_nonoverlapping(lanes.as_ptr(), p, n)
-            }
-            fn load_bf16(p: *const u16) -> float32x4_t { vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(p))) }
-            fn load_f16(p: *const u16) -> float32x4_t {
-                let lanes = [0, 1, 2, 3].map(|i| half::f16::from_bits(*p.add(i)).to_f32());
-                vld1q_f32(lanes.as_ptr())
-            }
-            fn add(a: float32x4_t, b: float32x4_t) -> float32x4_t { vaddq_f32(a, b) }
-            fn sub(a: float32x4_t, b: float32x4_t) -> float32x4_t { vsubq_f32(a, b) }
-            fn mul(a: float32x4_t, b: float32x4_t) -> float32x4_t { vmulq_f32(a, b) }
-            fn div(a: float32x4_t, b: float32x4_t) -> float32x4_t { vdivq_f32(a, b) }
-            fn fma(a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t { vfmaq_f32(c, a, b) }
-            fn dot_bf16(a: float32x4_t, b: float32x4_t, sum: float32x4_t) -> float32x4_t {
-                let bits = |x| vreinterpretq_u32_f32(x);
-                let upper = |x| vreinterpretq_f32_u32(vandq_u32(bits(x), vdupq_n_u32(0xffff_0000)));
-                let lower = |x| vreinterpretq_f32_u32(vshlq_n_u32::<16>(bits(x)));
-                vfmaq_f32(vfmaq_f32(sum, upper(a), upper(b)), lower(a), lower(b))
-            }
-            fn mul_error(a: float32x4_t, b: float32x4_t, product: float32x4_t) -> float32x4_t {
-                vfmaq_f32(vnegq_f32(product), a, b)
-            }
-            fn max(a: float32x4_t, b: float32x4_t) -> float32x4_t { vbslq_f32(vcgtq_f32(a, b), a, b) }
-            fn min(a: float32x4_t, b: float32x4_t) -> float32x4_t { vbslq_f32(vcltq_f32(a, b), a, b) }
-            fn abs(a: float32x4_t) -> float32x4_t { vabsq_f32(a) }
-            fn copysign(a: float32x4_t, b: float32x4_t) -> float32x4_t { vbslq_f32(vdupq_n_u32(0x8000_0000), b, a) }
-            fn round(a: float32x4_t) -> float32x4_t { vrndnq_f32(a) }
-            fn scale_pow2(a: float32x4_t, n: float32x4_t) -> float32x4_t {
-                let exponent = vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127));
-                vmulq_f32(a, vreinterpretq_f32_s32(vshlq_n_s32::<23>(exponent)))
-            }
-            fn select_lt(a: float32x4_t, b: float32x4_t, x: float32x4_t, y: float32x4_t) -> float32x4_t { vbslq_f32(vcltq_f32(a, b), x, y) }
-            fn load_columns(p: *const f32, stride: usize) -> [float32x4_t; 4] {
-                let rows = [0, 1, 2, 3].map(|i| vld1q_f32(p.add(i * stride)));
-                let (a, b) = (vtrn1q_f32(rows[0], rows[1]), vtrn2q_f32(rows[0], rows[1]));
-                let (c, d) = (vtrn1q_f32(rows[2], rows[3]), vtrn2q_f32(rows[2], rows[3]));
-                let low = |x, y| vcombine_f32(vget_low_f32(x), vget_low_f32(y));
-                let high = |x, y| vcombine_f32(vget_high_f32(x), vget_high_f32(y));
-                [low(a, c), low(b, d), high(a, c), high(b, d)]
-            }
-            fn swap_pairs(a: float32x4_t) -> float32x4_t { vrev64q_f32(a) }
-            fn reduce_add(a: float32x4_t) -> f32 { vaddvq_f32(a) }
-            fn reduce_max(a: float32x4_t) -> f32 { vmaxvq_f32(a) }
-            fn prefetch(_p: *const f32) {}
+    #[inline(always)]
+    unsafe fn dot_by_halves(a: float32x4_t, b: float32x4_t, sum: float32x4_t) -> float32x4_t {
+        // SAFETY: the contract of the trait.
+        unsafe {
+            let bits = |x| vreinterpretq_u32_f32(x);
+            let upper = |x| vreinterpretq_f32_u32(vandq_u32(bits(x), vdupq_n_u32(0xffff_0000)));
+            let lower = |x| vreinterpretq_f32_u32(vshlq_n_u32::<16>(bits(x)));
+            vfmaq_f32(vfmaq_f32(sum, upper(a), upper(b)), lower(a), lower(b))
         }
     }
+
+    /// Its intrinsic is not stable yet; inline assembly is.
+    #[inline(always)]
+    unsafe fn dot_at_once(a: float32x4_t, b: float32x4_t, mut sum: float32x4_t) -> float32x4_t {
+        // SAFETY: the contract of the trait; arithmetic on registers.
+        unsafe {
+            std::arch::asm!(
+                "bfdot {sum:v}.4s, {a:v}.8h, {b:v}.8h",
+                sum = inout(vreg) sum, a = in(vreg) a, b = in(vreg) b,
+                options(pure, nomem, nostack, preserves_flags)
+            );
+        }
+        sum
+    }
+
+    macro_rules! neon {
+        ($set:ident, $dot:ident $(, $features:literal)?) => {
+            impl Simd for $set {
+                const LANES: usize = 4;
+                const REGISTERS: usize = 32;
+                type F = float32x4_t;
+
+                call!($set $(, $features)?);
+                ops! {
+                    fn splat(x: f32) -> float32x4_t { vdupq_n_f32(x) }
+                    fn load(p: *const f32) -> float32x4_t { vld1q_f32(p) }
+                    fn store(p: *mut f32, x: float32x4_t) { vst1q_f32(p, x) }
+                    fn load_partial(p: *const f32, n: usize) -> float32x4_t {
+                        let mut lanes = [0.0f32; 4];
+                        std::ptr::copy_nonoverlapping(p, lanes.as_mut_ptr(), n);
+                        vld1q_f32(lanes.as_ptr())
+                    }
+                    fn store_partial(p: *mut f32, n: usize, x: float32x4_t) {
+                        let mut lanes = [0.0f32; 4];
+                        vst1q_f32(lanes.as_mut_ptr(), x);
+                        std::ptr::copy_nonoverlapping(lanes.as_ptr(), p, n)
+                    }
+                    fn load_bf16(p: *const u16) -> float32x4_t { vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(p))) }
+                    fn load_f16(p: *const u16) -> float32x4_t {
+                        let lanes = [0, 1, 2, 3].map(|i| half::f16::from_bits(*p.add(i)).to_f32());
+                        vld1q_f32(lanes.as_ptr())
+                    }
+                    fn add(a: float32x4_t, b: float32x4_t) -> float32x4_t { vaddq_f32(a, b) }
+                    fn sub(a: float32x4_t, b: float32x4_t) -> float32x4_t { vsubq_f32(a, b) }
+                    fn mul(a: float32x4_t, b: float32x4_t) -> float32x4_t { vmulq_f32(a, b) }
+                    fn div(a: float32x4_t, b: float32x4_t) -> float32x4_t { vdivq_f32(a, b) }
+                    fn fma(a: float32x4_t, b: float32x4_t, c: float32x4_t) -> float32x4_t { vfmaq_f32(c, a, b) }
+                    fn dot_bf16(a: float32x4_t, b: float32x4_t, sum: float32x4_t) -> float32x4_t { $dot(a, b, sum) }
+                    fn mul_error(a: float32x4_t, b: float32x4_t, product: float32x4_t) -> float32x4_t {
+                        vfmaq_f32(vnegq_f32(product), a, b)
+                    }
+                    fn max(a: float32x4_t, b: float32x4_t) -> float32x4_t { vbslq_f32(vcgtq_f32(a, b), a, b) }
+                    fn min(a: float32x4_t, b: float32x4_t) -> float32x4_t { vbslq_f32(vcltq_f32(a, b), a, b) }
+                    fn abs(a: float32x4_t) -> float32x4_t { vabsq_f32(a) }
+                    fn copysign(a: float32x4_t, b: float32x4_t) -> float32x4_t { vbslq_f32(vdupq_n_u32(0x8000_0000), b, a) }
+                    fn round(a: float32x4_t) -> float32x4_t { vrndnq_f32(a) }
+                    fn scale_pow2(a: float32x4_t, n: float32x4_t) -> float32x4_t {
+                        let exponent = vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127));
+                        vmulq_f32(a, vreinterpretq_f32_s32(vshlq_n_s32::<23>(exponent)))
+                    }
+                    fn select_lt(a: float32x4_t, b: float32x4_t, x: float32x4_t, y: float32x4_t) -> float32x4_t { vbslq_f32(vcltq_f32(a, b), x, y) }
+                    fn load_columns(p: *const f32, stride: usize) -> [float32x4_t; 4] {
+                        let rows = [0, 1, 2, 3].map(|i| vld1q_f32(p.add(i * stride)));
+                        let (a, b) = (vtrn1q_f32(rows[0], rows[1]), vtrn2q_f32(rows[0], rows[1]));
+                        let (c, d) = (vtrn1q_f32(rows[2], rows[3]), vtrn2q_f32(rows[2], rows[3]));
+                        let low = |x, y| vcombine_f32(vget_low_f32(x), vget_low_f32(y));
+                        let high = |x, y| vcombine_f32(vget_high_f32(x), vget_high_f32(y));
+                        [low(a, c), low(b, d), high(a, c), high(b, d)]
+                    }
+                    fn swap_pairs(a: float32x4_t) -> float32x4_t { vrev64q_f32(a) }
+                    fn reduce_add(a: float32x4_t) -> f32 { vaddvq_f32(a) }
+                    fn reduce_max(a: float32x4_t) -> f32 { vmaxvq_f32(a) }
+                    fn prefetch(_p: *const f32) {}
+                }
+            }
+        };
+    }
+
+    neon!(Neon, dot_by_halves);
+    neon!(NeonBf16, dot_at_once, "neon,bf16");
 }
 
 /// Makes `fn name(isa, args…)` that runs `kernel::<S>(args…)` compiled for that instruction set; `= kernel<_, T>` fills

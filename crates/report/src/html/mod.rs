@@ -12,7 +12,7 @@ use self::plot::{Bar, Point, Strip};
 use crate::coverage::{State, coverage};
 use crate::format;
 use crate::markdown::{machine_facts, machines};
-use crate::row::{Row, Rows, machine_key};
+use crate::row::{Row, Rows};
 
 /// What the glossary of the page explains.
 const GLOSSARY: [Metric; 12] = [
@@ -210,7 +210,7 @@ fn rooflines(page: &mut Page, rows: &[Row<'_>]) {
     let mut content = String::new();
     let mut number = 0;
     for machine in &machines {
-        let of_machine = rows.iter().filter(|row| machine_key(&row.record.machine) == machine_key(machine));
+        let of_machine = rows.iter().filter(|row| row.record.machine.name() == machine.name());
         let (mut ceilings, mut points, mut lines): (Vec<Ceiling>, Vec<Point>, Vec<Vec<String>>) = Default::default();
         for row in of_machine {
             let Some(derived) = &row.derived else { continue };
@@ -250,6 +250,9 @@ fn rooflines(page: &mut Page, rows: &[Row<'_>]) {
                     name(&row.label),
                     shown.phase.to_owned(),
                     shown.time,
+                    shown.share,
+                    shown.bytes,
+                    escape(&shown.energy),
                     shown.flops,
                     shown.bandwidth,
                     shown.intensity,
@@ -273,6 +276,9 @@ fn rooflines(page: &mut Page, rows: &[Row<'_>]) {
             ("cell", Column::Key),
             ("phase", Column::Word),
             ("time", Column::Number),
+            ("share", Column::Number),
+            ("bytes", Column::Number),
+            ("energy", Column::Number),
             ("FLOP/s", Column::Number),
             ("B/s", Column::Number),
             ("FLOP/B", Column::Number),

@@ -203,12 +203,12 @@ impl EncodecConfig {
         self.upsampling_ratios.iter().rev().fold(samples, |length, ratio| length.div_ceil(*ratio))
     }
 
-    fn frame_rate(&self) -> usize {
+    pub(super) fn frame_rate(&self) -> usize {
         self.sampling_rate.div_ceil(self.hop())
     }
 
     /// Codebooks.
-    fn quantizers(&self) -> usize {
+    pub(super) fn quantizers(&self) -> usize {
         let bits = (self.frame_rate() * self.codebook_size.ilog2() as usize) as f64;
         self.target_bandwidths.last().map_or(0, |width| (1000.0 * width / bits).floor() as usize)
     }
@@ -220,6 +220,20 @@ impl EncodecConfig {
             true => ((bandwidth * 1000.0 / bits).floor() as usize).clamp(1, self.quantizers()),
             false => self.quantizers(),
         }
+    }
+
+    /// Codebooks that the call asks for.
+    pub(super) fn quantizers_of(&self, call: &Call) -> Result<usize, SessionError> {
+        let widths = &self.target_bandwidths;
+        let width = match call.arguments.get("bandwidth") {
+            None | Some(serde_json::Value::Null) => widths.first().copied(),
+            Some(value) => value.as_f64().filter(|width| widths.contains(width)),
+        };
+        let width = width.ok_or_else(|| {
+            let list = widths.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+            SessionError::input("bandwidth", format!("is none of the checkpoint's: {list}"))
+        })?;
+        Ok(self.quantizers_at(width))
     }
 
     /// Samples of a piece; 0 where the sound is one.
@@ -747,20 +761,6 @@ impl EncodecModel {
         Ok(outputs)
     }
 
-    /// Codebooks that the call asks for.
-    fn quantizers(&self, call: &Call) -> Result<usize, SessionError> {
-        let widths = &self.cfg.target_bandwidths;
-        let width = match call.arguments.get("bandwidth") {
-            None | Some(serde_json::Value::Null) => widths.first().copied(),
-            Some(value) => value.as_f64().filter(|width| widths.contains(width)),
-        };
-        let width = width.ok_or_else(|| {
-            let list = widths.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-            SessionError::input("bandwidth", format!("is none of the checkpoint's: {list}"))
-        })?;
-        Ok(self.cfg.quantizers_at(width))
-    }
-
     fn sounds(&self, inputs: &Inputs) -> Result<Sounds, SessionError> {
         let (channels, name) = (self.cfg.audio_channels, "input_values");
         let values = inputs.floats_of(name, &[("batch", None), ("channels", Some(channels)), ("samples", None)])?;
@@ -921,12 +921,12 @@ impl EncodecModel {
         match call.method.as_str() {
             "encode" => {
                 let inputs = known(&sound, &["bandwidth"])?;
-                Ok(Request::Encode { sounds: self.sounds(&inputs)?, quantizers: self.quantizers(call)? })
+                Ok(Request::Encode { sounds: self.sounds(&inputs)?, quantizers: self.cfg.quantizers_of(call)? })
             }
             "forward" => {
                 let sounds = self.sounds(&known(&sound, &["bandwidth"])?)?;
                 let most = Some(sounds.samples);
-                Ok(Request::Both { sounds, quantizers: self.quantizers(call)?, most })
+                Ok(Request::Both { sounds, quantizers: self.cfg.quantizers_of(call)?, most })
             }
             "decode" => {
                 let inputs = known(
@@ -969,10 +969,7 @@ impl Session for EncodecModel {
                 cost.decode(codes.batch, &frames, codes.quantizers, scaled)
             }
             Request::Both { sounds, quantizers, .. } => {
-                let frames: Vec<usize> =
-                    self.cfg.pieces(sounds.samples).iter().map(|(_, length)| self.cfg.frames(*length)).collect();
-                cost.encode(sounds.batch, sounds.samples, quantizers)
-                    + cost.decode(sounds.batch, &frames, quantizers, self.cfg.normalize)
+                return Ok(forward_cost(&self.cfg, [sounds.batch, sounds.samples, quantizers], self.dtype));
             }
         };
         Ok(vec![PhaseCost { phase: Phase::Forward, repeats: 1, cost }])
@@ -981,6 +978,18 @@ impl Session for EncodecModel {
     fn paths(&self) -> BTreeMap<String, String> {
         self.paths.clone()
     }
+}
+
+/// The cost of sounds (batch, samples) through so many codebooks and back.
+pub(super) fn forward_cost(
+    cfg: &EncodecConfig,
+    [batch, samples, quantizers]: [usize; 3],
+    dtype: DType,
+) -> Vec<PhaseCost> {
+    let cost = Costs { cfg, bytes: dtype.size_in_bytes() as u64 };
+    let frames: Vec<usize> = cfg.pieces(samples).iter().map(|(_, length)| cfg.frames(*length)).collect();
+    let cost = cost.encode(batch, samples, quantizers) + cost.decode(batch, &frames, quantizers, cfg.normalize);
+    vec![PhaseCost { phase: Phase::Forward, repeats: 1, cost }]
 }
 
 /// The cost by formula.

@@ -235,6 +235,24 @@ impl HifiGan {
         })
     }
 
+    /// Bins of the spectra that it takes.
+    pub(super) fn bins(&self) -> usize {
+        self.cfg.model_in_dim
+    }
+
+    /// The sound of spectra (frames, bins), or of a batch of them, as the models before it give them.
+    pub(super) fn sound(&self, spectra: &Tensor) -> Result<Tensor> {
+        match spectra.rank() {
+            2 => self.forward(&spectra.unsqueeze(0)?)?.squeeze(0),
+            _ => self.forward(spectra),
+        }
+    }
+
+    /// What it costs over spectra (batch, frames).
+    pub(super) fn cost_of(&self, batch: usize, frames: usize) -> Cost {
+        forward_cost(&self.cfg, batch, frames, self.spec.dtype.size_in_bytes() as u64)
+    }
+
     /// (batch, frames, bins) -> (batch, samples)
     fn forward(&self, spectra: &Tensor) -> Result<Tensor> {
         let mut x = spectra.clone();
@@ -281,8 +299,7 @@ impl Session for HifiGan {
 
     fn cost(&self, call: &Call) -> Result<Vec<PhaseCost>, SessionError> {
         let (batch, frames, _) = self.spectra(call)?.0.dims3()?;
-        let cost = forward_cost(&self.cfg, batch, frames, self.spec.dtype.size_in_bytes() as u64);
-        Ok(vec![PhaseCost { phase: Phase::Forward, repeats: 1, cost }])
+        Ok(vec![PhaseCost { phase: Phase::Forward, repeats: 1, cost: self.cost_of(batch, frames) }])
     }
 
     fn paths(&self) -> BTreeMap<String, String> {

@@ -10,10 +10,12 @@ pub mod hubert;
 mod seq2seq;
 pub mod speecht5;
 pub mod unispeech;
+pub(crate) mod upstream;
 pub mod wav2vec2;
 pub mod wavlm;
 pub mod whisper;
 
+pub(crate) use features::TILE;
 pub use features::{FeatureConfig, FeatureNorm};
 
 /// What the shared blocks want their activations in, for weights of `dtype`: see `roofbench_nn::linear::Linear`.

@@ -1,17 +1,18 @@
 //! SpeechT5: an encoder with relative positions and a decoder, with parts before and behind them for text or for sound.
 //! Source: SpeechT5 (arXiv:2110.07205). Mirrors `transformers.SpeechT5ForTextToSpeech` and `SpeechT5ForSpeechToText`; its
-//! vocoder is in `hifigan`.
+//! vocoder is in `hifigan`, and runs behind `generate_speech` where the call has the argument `vocoder`.
 
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
+use roofbench_core::catalog;
 use roofbench_core::config;
 use roofbench_core::cost::{self, Cost, Norm, PhaseCost};
 use roofbench_core::generation::Generation;
 use roofbench_core::inputs::{Inputs, in_range, unsupported_method, zero_or_one};
 use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Result, Session, SessionError, Tensors};
-use roofbench_core::weights::{AliasRule, AliasScope, synthetic};
+use roofbench_core::weights::{AliasRule, AliasScope, HubOptions, Source, Weights, synthetic};
 use roofbench_nn::activation::Activation;
 use roofbench_nn::attention::Mask;
 use roofbench_nn::conv::{BatchNorm, Conv1d, Conv1dConfig};
@@ -72,13 +73,47 @@ pub fn aliases(spec: &ModelSpec) -> &'static [AliasRule] {
 ///
 /// # Errors
 /// Names the config field or the tensor at fault.
-pub fn load(spec: &ModelSpec, vb: VarBuilder) -> Result<Box<dyn Session>, SessionError> {
+pub fn load(spec: &ModelSpec, weights: &Weights, vb: VarBuilder) -> Result<Box<dyn Session>, SessionError> {
     match spec.class.as_str() {
-        TO_SPEECH => Ok(Box::new(TextToSpeech::load(spec, vb)?)),
+        TO_SPEECH => Ok(Box::new(TextToSpeech { vocoder: vocoder(spec, weights)?, ..TextToSpeech::load(spec, vb)? })),
         TO_TEXT => Ok(Box::new(SpeechToText::load(spec, vb)?)),
         VOCODER => Ok(Box::new(HifiGan::load(spec, vb)?)),
         _ => Err(config::unsupported_class(spec, CLASSES)),
     }
+}
+
+/// Weights of the vocoder that goes with `weights`, and its config: of the same seed where these are synthetic and `spec`
+/// has a `vocoder_config.json`, else those in the folder `vocoder` beside them, else the catalog's from the Hub's cache.
+///
+/// # Errors
+/// Names the file that is damaged.
+pub(crate) fn vocoder_weights(spec: &ModelSpec, weights: &Weights) -> Result<Option<(Weights, Value)>, SessionError> {
+    if let Some(made) = weights.beside("vocoder", RULES, VOCODER)? {
+        let config = match made.file("config.json") {
+            Some(_) => Some(made.config()?),
+            None => spec.extra_configs.get("vocoder_config.json").cloned(),
+        };
+        return Ok(config.map(|config| (made, config)));
+    }
+    let repository = catalog::family(&spec.family).ok().and_then(|family| family.vocoder.clone());
+    let Some(repository) = repository else { return Ok(None) };
+    let hub = HubOptions { offline: true, ..HubOptions::from_env() };
+    match Weights::open(&Source::Hub { repository, revision: None }, RULES, VOCODER, &hub) {
+        Ok(cached) => {
+            let config = cached.config()?;
+            Ok(Some((cached, config)))
+        }
+        // it is not there, and only a call that asks for it needs it
+        Err(_) => Ok(None),
+    }
+}
+
+fn vocoder(spec: &ModelSpec, weights: &Weights) -> Result<Option<HifiGan>, SessionError> {
+    let Some((weights, config)) = vocoder_weights(spec, weights)? else { return Ok(None) };
+    let spec = ModelSpec { class: VOCODER.to_owned(), config, ..spec.clone() };
+    let vocoder = HifiGan::load(&spec, weights.var_builder(spec.dtype, &spec.device))?;
+    weights.check_complete(false)?;
+    Ok(Some(vocoder))
 }
 
 /// The part of `config.json` that shapes the computation, without [`FeatureConfig`]; field names are the file's own, and
@@ -589,6 +624,8 @@ pub struct TextToSpeech {
     prenet: SpeechPrenet,
     decoder: DecoderLayers,
     postnet: SpeechPostnet,
+    /// Makes sound of spectra, for calls with the argument `vocoder`.
+    vocoder: Option<HifiGan>,
     spec: ModelSpec,
     paths: BTreeMap<String, String>,
 }
@@ -659,6 +696,7 @@ impl TextToSpeech {
             prenet: SpeechPrenet::load(&cfg, decoder.pp("prenet"))?,
             decoder: DecoderLayers::load(cfg.decoder(), decoder.pp("wrapped_decoder.layers"))?,
             postnet: SpeechPostnet::load(&cfg, vb.pp("speech_decoder_postnet"))?,
+            vocoder: None,
             spec: spec.clone(),
             paths: isa::paths(&spec.device, spec.dtype),
             cfg,
@@ -782,6 +820,25 @@ impl TextToSpeech {
         }
     }
 
+    /// The call asks for sound instead of spectra: its argument `vocoder` is true, or the name of one.
+    fn is_heard(&self, call: &Call) -> Result<bool, SessionError> {
+        let refuse = |reason: String| Err(SessionError::input("vocoder", reason));
+        match (call.arguments.get("vocoder"), &self.vocoder) {
+            (None | Some(Value::Null | Value::Bool(false)), _) => Ok(false),
+            (Some(Value::Bool(true) | Value::String(_)), Some(vocoder)) if vocoder.bins() == self.cfg.num_mel_bins => {
+                Ok(true)
+            }
+            (Some(Value::Bool(true) | Value::String(_)), Some(vocoder)) => {
+                refuse(format!("takes {} bins, the spectra have {}", vocoder.bins(), self.cfg.num_mel_bins))
+            }
+            (Some(Value::Bool(true) | Value::String(_)), None) => {
+                let way_out = "put microsoft/speecht5_hifigan in the folder `vocoder` beside the weights";
+                refuse(format!("is asked for, and there is none; {way_out}"))
+            }
+            (Some(other), _) => refuse(format!("is {other}, expected true, false or a name")),
+        }
+    }
+
     fn read(&self, call: &Call) -> Result<Speech, SessionError> {
         let (text, spectra) = (["input_ids", "attention_mask", "speaker_embeddings"], "decoder_input_values");
         match call.method.as_str() {
@@ -803,14 +860,14 @@ impl TextToSpeech {
                 Ok(Speech::Forward { text, spectra: self.floats(values)?, mask })
             }
             "generate_speech" | "generate" => {
-                let own = ["threshold", "minlenratio", "maxlenratio", "seed"];
+                let own = ["threshold", "minlenratio", "maxlenratio", "seed", "vocoder"];
                 if let Some(name) = call.arguments.keys().find(|name| !own.contains(&name.as_str())) {
                     let reason = format!("is not supported; supported: {}", own.join(", "));
                     return Err(SessionError::input(name, reason));
                 }
                 let text = self.text(call, &Inputs::of_any_method(call, &text)?)?;
                 let length = Length::read(&self.cfg, call, text.ids.dim(1)?)?;
-                Ok(Speech::Generate { text, length })
+                Ok(Speech::Generate { text, length, heard: self.is_heard(call)? })
             }
             _ => Err(unsupported_method(call, "forward, generate_speech")),
         }
@@ -820,7 +877,7 @@ impl TextToSpeech {
 /// A call of [`TextToSpeech`], read.
 enum Speech {
     Forward { text: Text, spectra: Tensor, mask: Option<Tensor> },
-    Generate { text: Text, length: Length },
+    Generate { text: Text, length: Length, heard: bool },
 }
 
 impl Session for TextToSpeech {
@@ -831,9 +888,14 @@ impl Session for TextToSpeech {
                 observer.end(Phase::Forward);
                 Ok(outputs)
             }
-            Speech::Generate { text, length } => {
+            Speech::Generate { text, length, heard } => {
                 let spectrogram = self.generate(&text, &length, observer)?;
-                Ok(Tensors::from([("spectrogram".to_owned(), spectrogram)]))
+                let Some(vocoder) = self.vocoder.as_ref().filter(|_| heard) else {
+                    return Ok(Tensors::from([("spectrogram".to_owned(), spectrogram)]));
+                };
+                let waveform = vocoder.sound(&spectrogram)?;
+                observer.end(Phase::Forward);
+                Ok(Tensors::from([("waveform".to_owned(), waveform)]))
             }
         }
     }
@@ -852,8 +914,13 @@ impl Session for TextToSpeech {
                 Ok(vec![PhaseCost { phase: Phase::Forward, repeats: 1, cost }])
             }
             // as long as it may become
-            Speech::Generate { text, length } => {
+            Speech::Generate { text, length, heard } => {
                 let (batch, states) = text.ids.dims2()?;
+                let vocoder = self.vocoder.as_ref().filter(|_| heard).map(|vocoder| PhaseCost {
+                    phase: Phase::Forward,
+                    repeats: 1,
+                    cost: vocoder.cost_of(batch, length.steps() * self.cfg.reduction_factor),
+                });
                 let [batch, states, steps] = [batch, states, length.steps()].map(|n| n as u64);
                 let step = |cached: u64| {
                     let pass = Pass { batch, seq: 1, cached, states, made: cached > 0 };
@@ -861,10 +928,12 @@ impl Session for TextToSpeech {
                 };
                 let (first, refined) =
                     (costs.text(batch, states) + costs.voice(batch) + step(0), costs.refine(batch, steps));
-                Ok(match steps {
+                let mut phases = match steps {
                     1 => phases(first + refined, Cost::default(), 1),
                     _ => phases(first, (1..steps).map(step).sum::<Cost>() + refined, steps),
-                })
+                };
+                phases.extend(vocoder);
+                Ok(phases)
             }
         }
     }
@@ -1226,7 +1295,7 @@ mod tests {
     fn model(spec: &ModelSpec) -> Box<dyn Session> {
         let source = Source::Synthetic { seed: 0 };
         let weights = Weights::open(&source, aliases(spec), &spec.class, &Default::default()).expect("weights");
-        load(spec, weights.var_builder(DType::F32, &Device::Cpu)).expect("a model")
+        load(spec, &weights, weights.var_builder(DType::F32, &Device::Cpu)).expect("a model")
     }
 
     fn speak(model: &mut dyn Session, rows: &[[i64; 4]], arguments: Value) -> Result<Tensor, SessionError> {

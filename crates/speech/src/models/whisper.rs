@@ -135,7 +135,7 @@ impl WhisperConfig {
     }
 
     /// Spectra of a sound.
-    fn frames(&self) -> usize {
+    pub(super) fn frames(&self) -> usize {
         2 * self.max_source_positions
     }
 
@@ -285,6 +285,15 @@ fn generation_config(config: &Value) -> Value {
 
 const GENERATION_FILE: &str = "generation_config.json";
 
+/// `spec` with a generation_config.json made of config.json, where it has none.
+pub(super) fn with_generation_config(spec: &ModelSpec) -> ModelSpec {
+    let mut spec = spec.clone();
+    if !spec.extra_configs.contains_key(GENERATION_FILE) {
+        spec.extra_configs.insert(GENERATION_FILE.to_owned(), generation_config(&spec.config));
+    }
+    spec
+}
+
 impl WhisperModel {
     /// Loads the class of `spec`.
     ///
@@ -314,10 +323,7 @@ impl WhisperModel {
             }
             _ => return Err(config::unsupported_class(spec, CLASSES)),
         };
-        let mut spec = spec.clone();
-        if !spec.extra_configs.contains_key(GENERATION_FILE) {
-            spec.extra_configs.insert(GENERATION_FILE.to_owned(), generation_config(&spec.config));
-        }
+        let spec = with_generation_config(spec);
         Ok(Self {
             encoder: Encoder::load(&cfg, encoder)?,
             head,
@@ -407,28 +413,14 @@ impl WhisperModel {
         let (decoder, device) = (self.decoder()?, &self.spec.device);
         let mut encoded = decoder.layers.encoded(self.encoder.forward(features, &[])?, None)?;
         let batch = plan.prompt.len();
-        if let Some(languages) = &plan.detected {
+        if plan.detected.is_some() {
             let start = Tensor::full(plan.prompt[0][0], (batch, 1), device)?;
-            let logits = decoder.next(&start, &mut Decoding::once(batch, 1, None, device)?, &mut encoded)?;
-            for (tokens, row) in plan.prompt.iter_mut().zip(logits.to_dtype(DType::F32)?.to_vec2::<f32>()?) {
-                let logit = |id: &i64| usize::try_from(*id).ok().and_then(|id| row.get(id)).copied();
-                let likeliest = languages.iter().rev().max_by(|a, b| {
-                    let least = f32::NEG_INFINITY;
-                    logit(a).unwrap_or(least).total_cmp(&logit(b).unwrap_or(least))
-                });
-                if let Some(language) = likeliest {
-                    tokens[1] = *language;
-                }
-            }
+            plan.detect(&decoder.next(&start, &mut Decoding::once(batch, 1, None, device)?, &mut encoded)?)?;
         }
         let generation = &plan.generation;
         let positions = generation.positions(plan.prompt[0].len());
         let decoding = decoder.layers.decoding(batch, positions, &self.spec)?;
-        let rule = |made: &[i64], row: &mut [f32]| {
-            if let Some(times) = &plan.times {
-                times.apply(made, row);
-            }
-        };
+        let rule = |made: &[i64], row: &mut [f32]| plan.rule(made, row);
         generate(generation, &plan.prompt, decoding, observer, &rule, device, |ids, decoding| {
             decoder.next(ids, decoding, &mut encoded)
         })
@@ -454,12 +446,12 @@ enum Request {
 
 /// How tokens are chosen, and what the decoder begins with.
 #[derive(Debug)]
-struct Plan {
-    generation: Generation,
+pub(super) struct Plan {
+    pub(super) generation: Generation,
     /// Of each sound; all as long. Where languages are detected the second is not known yet.
-    prompt: Vec<Vec<i64>>,
+    pub(super) prompt: Vec<Vec<i64>>,
     /// The tokens of the languages among which the likeliest is taken.
-    detected: Option<Vec<i64>>,
+    pub(super) detected: Option<Vec<i64>>,
     times: Option<TimeRules>,
 }
 
@@ -468,7 +460,31 @@ const OWN: [&str; 6] =
     ["language", "task", "is_multilingual", "return_timestamps", "force_unique_generate_call", "forced_decoder_ids"];
 
 impl Plan {
-    fn read(spec: &ModelSpec, cfg: &WhisperConfig, call: &Call, batch: usize) -> Result<Self, SessionError> {
+    /// Sets the second token of each prompt to that of the likeliest language by `logits` (batch, vocab), which follow
+    /// the first.
+    pub(super) fn detect(&mut self, logits: &Tensor) -> Result<()> {
+        let Some(languages) = &self.detected else { return Ok(()) };
+        for (tokens, row) in self.prompt.iter_mut().zip(logits.to_dtype(DType::F32)?.to_vec2::<f32>()?) {
+            let logit = |id: &i64| usize::try_from(*id).ok().and_then(|id| row.get(id)).copied();
+            let likeliest = languages.iter().rev().max_by(|a, b| {
+                let least = f32::NEG_INFINITY;
+                logit(a).unwrap_or(least).total_cmp(&logit(b).unwrap_or(least))
+            });
+            if let Some(language) = likeliest {
+                tokens[1] = *language;
+            }
+        }
+        Ok(())
+    }
+
+    /// Applies the rules of times, where they are wanted, to the logits behind `made`.
+    pub(super) fn rule(&self, made: &[i64], row: &mut [f32]) {
+        if let Some(times) = &self.times {
+            times.apply(made, row);
+        }
+    }
+
+    pub(super) fn read(spec: &ModelSpec, cfg: &WhisperConfig, call: &Call, batch: usize) -> Result<Self, SessionError> {
         let nothing = Map::new();
         let file = spec.extra_configs.get(GENERATION_FILE).and_then(Value::as_object).unwrap_or(&nothing);
         let fields = Fields { call, file };
@@ -774,24 +790,28 @@ impl Session for WhisperModel {
                 let [batch, seq] = [batch, seq].map(|n| n as u64);
                 forward(costs.encoder(batch) + costs.decoder([batch, seq], 0, seq, false))
             }
-            Request::Generate { plan, .. } => {
-                let (batch, seq) = (plan.prompt.len() as u64, plan.prompt[0].len() as u64);
-                let mut prefill = costs.encoder(batch);
-                let is_made = plan.detected.is_some();
-                if is_made {
-                    prefill += costs.decoder([batch, 1], 0, 1, false);
-                }
-                prefill += costs.decoder([batch, seq], 0, 1, is_made);
-                let new = plan.generation.max_new_tokens as u64;
-                let steps = (1..new).map(|made| costs.decoder([batch, 1], seq + made - 1, 1, true)).sum();
-                Ok(phases(prefill, steps, new))
-            }
+            Request::Generate { plan, .. } => Ok(generate_cost(&self.cfg, &plan, self.spec.dtype)),
         }
     }
 
     fn paths(&self) -> BTreeMap<String, String> {
         self.paths.clone()
     }
+}
+
+/// What it costs to carry `plan` out, as long as it may become.
+pub(super) fn generate_cost(cfg: &WhisperConfig, plan: &Plan, dtype: DType) -> Vec<PhaseCost> {
+    let costs = Costs { cfg, bytes: dtype.size_in_bytes() as u64 };
+    let (batch, seq) = (plan.prompt.len() as u64, plan.prompt[0].len() as u64);
+    let mut prefill = costs.encoder(batch);
+    let is_made = plan.detected.is_some();
+    if is_made {
+        prefill += costs.decoder([batch, 1], 0, 1, false);
+    }
+    prefill += costs.decoder([batch, seq], 0, 1, is_made);
+    let new = plan.generation.max_new_tokens as u64;
+    let steps = (1..new).map(|made| costs.decoder([batch, 1], seq + made - 1, 1, true)).sum();
+    phases(prefill, steps, new)
 }
 
 /// The cost by formula.

@@ -72,13 +72,7 @@ impl EncodecProcessor {
     /// # Errors
     /// Names the file that can't be read.
     pub fn read(&self, files: &[PathBuf]) -> Result<Vec<Sound>, SessionError> {
-        let read = |path: &PathBuf| {
-            let sound = Sound::read(path)?.resampled(self.sampling_rate)?;
-            Ok(match sound.channels.len() == self.feature_size {
-                true => sound,
-                false => Sound { channels: vec![sound.mono(); self.feature_size], rate: sound.rate },
-            })
-        };
+        let read = |path: &PathBuf| Ok(Sound::read(path)?.resampled(self.sampling_rate)?.mixed(self.feature_size));
         files.iter().map(read).collect()
     }
 
@@ -108,7 +102,7 @@ impl EncodecProcessor {
     }
 
     /// Without a length sounds come to whole pieces: as many as the longest has, or with truncation the shortest.
-    fn options(&self, arguments: &Arguments, sounds: &[Sound]) -> Result<Options, SessionError> {
+    pub(crate) fn options(&self, arguments: &Arguments, sounds: &[Sound]) -> Result<Options, SessionError> {
         let truncation = arguments.get("truncation") == Some(&Value::Bool(true));
         if truncation && arguments.get("padding").is_some_and(|way| !matches!(way, Value::Null | Value::Bool(false))) {
             return Err(SessionError::input("truncation", "and padding are not to be asked for together"));

@@ -109,6 +109,11 @@ impl SpeechT5Processor {
         Ok(Self { spectra: LogMel::new(shape), config })
     }
 
+    /// Samples a second that the model takes.
+    pub fn sampling_rate(&self) -> u32 {
+        self.config.sampling_rate
+    }
+
     /// `input_values` (batch, samples) in f32 and, where asked for, `attention_mask` (batch, samples) in i32.
     ///
     /// # Errors

@@ -95,8 +95,13 @@ impl WhisperProcessor {
         Ok(Self { spectra: LogMel::new(shape), config })
     }
 
+    /// Samples a second that the model takes.
+    pub fn sampling_rate(&self) -> u32 {
+        self.config.sampling_rate
+    }
+
     /// Samples that the model takes.
-    fn samples(&self) -> usize {
+    pub(crate) fn samples(&self) -> usize {
         self.config.chunk_length * self.config.sampling_rate as usize
     }
 

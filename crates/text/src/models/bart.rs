@@ -528,7 +528,7 @@ pub fn decoder_cost(cfg: &BartConfig, bias: bool, pass: Pass, states: u64, bytes
 #[cfg(test)]
 mod tests {
     use candle_core::{DType, Device};
-    use roofbench_core::session::{Call, Engine, Unobserved};
+    use roofbench_core::session::{Call, Unobserved};
     use roofbench_core::weights::Weights;
     use serde_json::Value;
 
@@ -543,15 +543,7 @@ mod tests {
         for (field, value) in changes {
             config[*field] = value.clone();
         }
-        ModelSpec {
-            family: "bart".into(),
-            class: "BartForConditionalGeneration".into(),
-            config,
-            extra_configs: Default::default(),
-            dtype: DType::F32,
-            device: Device::Cpu,
-            engine: Engine::Roofbench,
-        }
+        ModelSpec::new("bart", "BartForConditionalGeneration", config)
     }
 
     fn weights(spec: &ModelSpec) -> Weights {

@@ -522,8 +522,6 @@ pub(crate) fn forward_cost(cfg: &BertConfig, head: Option<HeadKind>, shape: [usi
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{DType, Device};
-    use roofbench_core::session::Engine;
 
     use super::*;
 
@@ -535,15 +533,7 @@ mod tests {
         for (field, value) in changes {
             config[*field] = value.clone();
         }
-        ModelSpec {
-            family: "bert".into(),
-            class: class.into(),
-            config,
-            extra_configs: Default::default(),
-            dtype: DType::F32,
-            device: Device::Cpu,
-            engine: Engine::Roofbench,
-        }
+        ModelSpec::new("bert", class, config)
     }
 
     fn message(field: &str, value: Value) -> String {

@@ -336,8 +336,7 @@ pub(crate) fn forward_cost(cfg: &LlamaConfig, pass: Pass, bytes: u64) -> Cost {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{DType, Device};
-    use roofbench_core::session::Engine;
+
     use serde_json::json;
 
     use super::*;
@@ -349,15 +348,7 @@ mod tests {
         for (field, value) in changes {
             config[*field] = value.clone();
         }
-        ModelSpec {
-            family: "llama".into(),
-            class: "LlamaForCausalLM".into(),
-            config,
-            extra_configs: Default::default(),
-            dtype: DType::F32,
-            device: Device::Cpu,
-            engine: Engine::Roofbench,
-        }
+        ModelSpec::new("llama", "LlamaForCausalLM", config)
     }
 
     #[test]

@@ -53,8 +53,7 @@ pub fn load(spec: &ModelSpec, vb: VarBuilder) -> Result<LlamaModel, SessionError
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{DType, Device};
-    use roofbench_core::session::Engine;
+
     use serde_json::{Value, json};
 
     use super::super::llama::forward_cost;
@@ -62,15 +61,7 @@ mod tests {
     use crate::causal::Pass;
 
     fn spec(config: Value) -> ModelSpec {
-        ModelSpec {
-            family: "mistral".into(),
-            class: "MistralForCausalLM".into(),
-            config,
-            extra_configs: Default::default(),
-            dtype: DType::F32,
-            device: Device::Cpu,
-            engine: Engine::Roofbench,
-        }
+        ModelSpec::new("mistral", "MistralForCausalLM", config)
     }
 
     #[test]

@@ -315,7 +315,7 @@ fn forward_cost(cfg: &OptConfig, pass: Pass, bytes: u64) -> Cost {
 #[cfg(test)]
 mod tests {
     use candle_core::{DType, Device};
-    use roofbench_core::session::{Call, Engine, Session, Unobserved};
+    use roofbench_core::session::{Call, Session, Unobserved};
     use roofbench_core::weights::{HubOptions, Source, Weights};
     use serde_json::{Value, json};
 
@@ -330,15 +330,7 @@ mod tests {
         for (field, value) in changes.as_object().unwrap() {
             config[field] = value.clone();
         }
-        ModelSpec {
-            family: "opt".into(),
-            class: "OPTForCausalLM".into(),
-            config,
-            extra_configs: Default::default(),
-            dtype: DType::F32,
-            device: Device::Cpu,
-            engine: Engine::Roofbench,
-        }
+        ModelSpec::new("opt", "OPTForCausalLM", config)
     }
 
     fn post_norm() -> Value {

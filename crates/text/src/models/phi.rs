@@ -304,22 +304,13 @@ pub(crate) fn forward_cost(cfg: &PhiConfig, pass: Pass, bytes: u64) -> Cost {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{DType, Device};
-    use roofbench_core::session::Engine;
+
     use serde_json::{Value, json};
 
     use super::*;
 
     fn spec(config: Value) -> ModelSpec {
-        ModelSpec {
-            family: "phi".into(),
-            class: "PhiForCausalLM".into(),
-            config,
-            extra_configs: Default::default(),
-            dtype: DType::F32,
-            device: Device::Cpu,
-            engine: Engine::Roofbench,
-        }
+        ModelSpec::new("phi", "PhiForCausalLM", config)
     }
 
     #[test]

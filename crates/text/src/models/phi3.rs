@@ -66,7 +66,7 @@ pub fn load(spec: &ModelSpec, vb: VarBuilder) -> Result<LlamaModel, SessionError
 #[cfg(test)]
 mod tests {
     use candle_core::{DType, Device, Tensor};
-    use roofbench_core::session::{Call, Engine, Session, Unobserved};
+    use roofbench_core::session::{Call, Session, Unobserved};
     use roofbench_core::weights::{HubOptions, Source, Weights};
     use roofbench_nn::cost;
     use serde_json::{Value, json};
@@ -76,15 +76,7 @@ mod tests {
     use crate::causal::{CausalSession, Pass};
 
     fn spec(config: Value) -> ModelSpec {
-        ModelSpec {
-            family: "phi".into(),
-            class: "Phi3ForCausalLM".into(),
-            config,
-            extra_configs: Default::default(),
-            dtype: DType::F32,
-            device: Device::Cpu,
-            engine: Engine::Roofbench,
-        }
+        ModelSpec::new("phi", "Phi3ForCausalLM", config)
     }
 
     /// Heads of 8, of which half are turned; pre-trained on 6 positions.

@@ -639,22 +639,14 @@ pub fn decoder_cost(cfg: &T5Config, pass: Pass, states: u64, bytes: u64) -> Cost
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{DType, Device};
-    use roofbench_core::session::Engine;
+    use candle_core::Device;
+
     use serde_json::{Value, json};
 
     use super::*;
 
     fn spec(class: &str, config: Value) -> ModelSpec {
-        ModelSpec {
-            family: "t5".into(),
-            class: class.into(),
-            config,
-            extra_configs: Default::default(),
-            dtype: DType::F32,
-            device: Device::Cpu,
-            engine: Engine::Roofbench,
-        }
+        ModelSpec::new("t5", class, config)
     }
 
     fn read(config: Value) -> T5Config {

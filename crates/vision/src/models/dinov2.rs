@@ -13,8 +13,9 @@ use roofbench_core::inputs::{self, Inputs};
 use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Result, Session, SessionError, Tensors};
 use roofbench_core::weights::{AliasRule, AliasScope};
 use roofbench_nn::activation::Activation;
-use roofbench_nn::attention::{Attention, Pattern, SelfAttention};
+use roofbench_nn::attention::{Attention, Pattern, Rows, SelfAttention};
 use roofbench_nn::kernels::isa;
+use roofbench_nn::layer::{EncoderLayer, FeedForward, FeedForwardHalf, NormPlacement, SelfAttentionHalf, encode};
 use roofbench_nn::linear::Linear;
 use roofbench_nn::mlp::{GatedMlp, Mlp};
 use roofbench_nn::norm::LayerNorm;
@@ -151,11 +152,11 @@ impl Dinov2Config {
         Ok(cfg)
     }
 
-    fn head_dim(&self) -> usize {
+    pub(super) fn head_dim(&self) -> usize {
         self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads.max(1))
     }
 
-    fn patch_size(&self) -> HeightWidth {
+    pub(super) fn patch_size(&self) -> HeightWidth {
         self.patch_size.unwrap_or(HeightWidth { height: 14, width: 14 })
     }
 
@@ -181,7 +182,7 @@ impl Dinov2Config {
     }
 }
 
-fn has_registers(class: &str) -> bool {
+pub(super) fn has_registers(class: &str) -> bool {
     class.starts_with("Dinov2WithRegisters")
 }
 
@@ -263,61 +264,30 @@ fn load_scaled([input, out]: [usize; 2], vb: VarBuilder, lambda: VarBuilder) -> 
     Linear::new(&weight, Some(&(wide(&bias)? * lambda)?.to_dtype(dtype)?))
 }
 
-enum FeedForward {
-    Plain(Mlp),
-    Gated(GatedMlp),
+fn load_feed_forward(cfg: &Dinov2Config, vb: VarBuilder, lambda: VarBuilder) -> Result<FeedForward> {
+    let (hidden, inner) = (cfg.hidden_size, cfg.inner_size());
+    if cfg.use_swiglu_ffn {
+        let gate_up = Linear::load(hidden, 2 * inner, true, vb.pp("weights_in"))?;
+        let down = load_scaled([inner, hidden], vb.pp("weights_out"), lambda)?;
+        return Ok(GatedMlp::new(gate_up, Activation::Silu, down)?.into());
+    }
+    let fc1 = Linear::load(hidden, inner, true, vb.pp("fc1"))?;
+    Ok(Mlp::new(fc1, cfg.hidden_act, load_scaled([inner, hidden], vb.pp("fc2"), lambda)?)?.into())
 }
 
-impl FeedForward {
-    fn load(cfg: &Dinov2Config, vb: VarBuilder, lambda: VarBuilder) -> Result<Self> {
-        let (hidden, inner) = (cfg.hidden_size, cfg.inner_size());
-        Ok(if cfg.use_swiglu_ffn {
-            let gate_up = Linear::load(hidden, 2 * inner, true, vb.pp("weights_in"))?;
-            let down = load_scaled([inner, hidden], vb.pp("weights_out"), lambda)?;
-            Self::Gated(GatedMlp::new(gate_up, Activation::Silu, down)?)
-        } else {
-            let fc1 = Linear::load(hidden, inner, true, vb.pp("fc1"))?;
-            Self::Plain(Mlp::new(fc1, cfg.hidden_act, load_scaled([inner, hidden], vb.pp("fc2"), lambda)?)?)
-        })
-    }
-
-    fn forward_add(&self, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
-        match self {
-            Self::Plain(mlp) => mlp.forward_add(x, residual),
-            Self::Gated(mlp) => mlp.forward_add(x, residual),
-        }
-    }
-}
-
-struct Layer {
-    norm1: LayerNorm,
-    self_attention: SelfAttention,
-    attention_output: Linear, // times layer_scale1
-    norm2: LayerNorm,
-    mlp: FeedForward, // times layer_scale2
-}
-
-impl Layer {
-    fn load(cfg: &Dinov2Config, vb: VarBuilder) -> Result<Self> {
-        let (hidden, heads, head_dim) = (cfg.hidden_size, cfg.num_attention_heads, cfg.head_dim());
-        let attention = Attention { heads, kv_heads: heads, head_dim, scale: None, pattern: Pattern::Full };
-        let (names, inner) = (["query", "key", "value"], vb.pp("attention.attention"));
-        let output = vb.pp("attention.output.dense");
-        Ok(Self {
-            norm1: cfg.layer_norm(vb.pp("norm1"))?,
-            self_attention: SelfAttention::load(hidden, attention, names, cfg.qkv_bias, inner)?,
-            attention_output: load_scaled([heads * head_dim, hidden], output, vb.pp("layer_scale1"))?,
-            norm2: cfg.layer_norm(vb.pp("norm2"))?,
-            mlp: FeedForward::load(cfg, vb.pp("mlp"), vb.pp("layer_scale2"))?,
-        })
-    }
-
-    /// `x` and the result are (batch, seq, hidden).
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let attended = self.self_attention.forward(&self.norm1.forward(x)?, None)?; // (batch, seq, heads * head_dim)
-        let x = self.attention_output.forward_add(&attended, x)?;
-        self.mlp.forward_add(&self.norm2.forward(&x)?, &x)
-    }
+/// Both halves are multiplied with a learned scale before they are added.
+fn load_layer(cfg: &Dinov2Config, vb: VarBuilder) -> Result<EncoderLayer> {
+    let (hidden, heads, head_dim) = (cfg.hidden_size, cfg.num_attention_heads, cfg.head_dim());
+    let attention = Attention { heads, kv_heads: heads, head_dim, scale: None, pattern: Pattern::Full };
+    let (names, inner) = (["query", "key", "value"], vb.pp("attention.attention"));
+    let attention = SelfAttention::load(hidden, attention, names, cfg.qkv_bias, inner)?;
+    let output = load_scaled([heads * head_dim, hidden], vb.pp("attention.output.dense"), vb.pp("layer_scale1"))?;
+    let feed_forward = load_feed_forward(cfg, vb.pp("mlp"), vb.pp("layer_scale2"))?;
+    let norm = |name: &str| cfg.layer_norm(vb.pp(name));
+    Ok(EncoderLayer {
+        attention: SelfAttentionHalf::new(attention, output, norm("norm1")?, NormPlacement::Before),
+        feed_forward: FeedForwardHalf::new(feed_forward, norm("norm2")?, NormPlacement::Before),
+    })
 }
 
 /// What follows the encoder.
@@ -332,7 +302,7 @@ enum Head {
 pub struct Dinov2Model {
     cfg: Dinov2Config,
     embeddings: Embeddings,
-    layers: Vec<Layer>,
+    layers: Vec<EncoderLayer>,
     layernorm: LayerNorm,
     head: Head,
     /// Labels of the head.
@@ -343,7 +313,7 @@ pub struct Dinov2Model {
 }
 
 /// Labels of the class's head, if it has one.
-fn head_labels(spec: &ModelSpec) -> Result<Option<usize>, SessionError> {
+pub(super) fn head_labels(spec: &ModelSpec) -> Result<Option<usize>, SessionError> {
     match spec.class.as_str() {
         "Dinov2Model" | "Dinov2WithRegistersModel" => Ok(None),
         "Dinov2ForImageClassification" | "Dinov2WithRegistersForImageClassification" => {
@@ -369,7 +339,7 @@ impl Dinov2Model {
             Some(_) if has_registers(&spec.class) => vb.pp("dinov2_with_registers"),
             Some(_) => vb.pp("dinov2"),
         };
-        let layer = |i: usize| Layer::load(&cfg, base.pp(format!("encoder.layer.{i}")));
+        let layer = |i: usize| load_layer(&cfg, base.pp(format!("encoder.layer.{i}")));
         Ok(Self {
             embeddings: Embeddings::load(&cfg, base.pp("embeddings"))?,
             layers: (0..cfg.num_hidden_layers).map(layer).collect::<Result<_>>()?,
@@ -389,10 +359,7 @@ impl Dinov2Model {
     fn forward(&self, pixels: &Pixels) -> Result<Tensors> {
         let dtype = activation_dtype(self.dtype, &self.device);
         let pixel_values = pixels.values.to_device(&self.device)?.to_dtype(dtype)?;
-        let mut x = self.embeddings.forward(&pixel_values, pixels)?;
-        for layer in &self.layers {
-            x = layer.forward(&x)?;
-        }
+        let x = encode(&self.layers, self.embeddings.forward(&pixel_values, pixels)?, &Rows::All, None)?;
         let x = self.layernorm.forward(&x)?; // (batch, seq, hidden)
         let class = x.narrow(1, 0, 1)?.squeeze(1)?.contiguous()?; // (batch, hidden)
         Ok(match &self.head {
@@ -408,19 +375,19 @@ impl Dinov2Model {
 }
 
 /// The arguments of `forward`, checked.
-struct Pixels<'a> {
+pub(super) struct Pixels<'a> {
     /// (batch, channels, height, width)
-    values: &'a Tensor,
+    pub(super) values: &'a Tensor,
     /// Rows and columns of patches.
     patches: [usize; 2],
     /// The same, when the positions are to be interpolated to them.
     interpolated: Option<[usize; 2]>,
     /// Patches to hide: (batch, patches), 0 or 1.
-    masked: Option<Tensor>,
+    pub(super) masked: Option<Tensor>,
 }
 
 impl<'a> Pixels<'a> {
-    fn read(cfg: &Dinov2Config, labels: Option<usize>, call: &'a Call) -> Result<Self, SessionError> {
+    pub(super) fn read(cfg: &Dinov2Config, labels: Option<usize>, call: &'a Call) -> Result<Self, SessionError> {
         let tensors: &[&str] = if labels.is_none() { &["pixel_values", "bool_masked_pos"] } else { &["pixel_values"] };
         let inputs = Inputs::forward(call, tensors, &[])?;
         let values = inputs.pictures("pixel_values", cfg.num_channels)?;
@@ -478,7 +445,7 @@ impl Session for Dinov2Model {
 }
 
 /// FLOPs and bytes of one forward pass.
-fn forward_cost(
+pub(super) fn forward_cost(
     cfg: &Dinov2Config,
     labels: Option<usize>,
     pixels: &Pixels,

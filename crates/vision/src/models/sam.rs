@@ -28,7 +28,8 @@ mod vision_encoder;
 
 pub use config::{SamConfig, SamMaskDecoderConfig, SamPromptEncoderConfig, SamVisionConfig};
 use mask_decoder::{MaskDecoder, decoder_cost};
-use prompt_encoder::{PromptEncoder, Prompts, prompt_cost};
+pub(super) use prompt_encoder::Prompts;
+use prompt_encoder::{PromptEncoder, prompt_cost};
 use vision_encoder::{VisionEncoder, vision_cost};
 
 /// The classes that run.
@@ -57,7 +58,7 @@ fn pointwise(in_channels: usize, out_channels: usize, bias: bool, vb: VarBuilder
 }
 
 /// What a call gives of the picture.
-enum Picture<'a> {
+pub(super) enum Picture<'a> {
     /// (batch, channels, height, width)
     Pixels(&'a Tensor),
     /// (batch, channels, rows, columns)
@@ -65,7 +66,7 @@ enum Picture<'a> {
 }
 
 /// The arguments of a call, checked.
-enum Request<'a> {
+pub(super) enum Request<'a> {
     /// `get_image_embeddings`, of these pixels.
     Embed(&'a Tensor),
     /// `forward`.
@@ -73,7 +74,7 @@ enum Request<'a> {
 }
 
 impl<'a> Request<'a> {
-    fn read(cfg: &SamConfig, call: &'a Call) -> Result<Self, SessionError> {
+    pub(super) fn read(cfg: &SamConfig, call: &'a Call) -> Result<Self, SessionError> {
         let vision = &cfg.vision_config;
         let pixels = |inputs: &Inputs<'a>| {
             let pixels = inputs.pictures("pixel_values", vision.num_channels)?;
@@ -202,7 +203,7 @@ impl Session for SamModel {
 }
 
 /// FLOPs and bytes of one call.
-fn forward_cost(cfg: &SamConfig, request: &Request, dtype: DType) -> Result<Vec<PhaseCost>, SessionError> {
+pub(super) fn forward_cost(cfg: &SamConfig, request: &Request, dtype: DType) -> Result<Vec<PhaseCost>, SessionError> {
     let bytes = dtype.size_in_bytes() as u64;
     let elements = |x: &Tensor| cost::input(x.elem_count() as u64, bytes);
     let cost = match request {

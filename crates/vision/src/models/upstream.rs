@@ -13,14 +13,8 @@ use super::resnet::{self, LayerType, Plan, ResNetConfig};
 use super::vit::{HeadKind, Pixels, ViTConfig, forward_cost};
 
 pub(crate) mod convnext;
-
-/// Why `candle_transformers` runs no checkpoint of `family` as it is on the Hub: its models are for those of the authors'
-/// repositories.
-pub(crate) fn other_names(family: &str) -> SessionError {
-    let reason = "candle-transformers reads the authors' own checkpoints, whose tensors and sizes are not those of \
-                  transformers; run it without --engine";
-    SessionError::UnsupportedEngine { family: family.to_owned(), reason: reason.to_owned() }
-}
+pub(crate) mod dinov2;
+pub(crate) mod sam;
 
 /// `candle_transformers::models::vit`, which classifies pictures of one square size.
 pub(crate) struct StockViT {

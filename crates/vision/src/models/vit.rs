@@ -198,12 +198,17 @@ impl Embeddings {
     /// (batch, channels, height, width) -> (batch, 1 + patches, hidden). `patches` are the rows and columns to
     /// interpolate the positions to, when they are to be interpolated.
     fn forward(&self, pixel_values: &Tensor, patches: Option<[usize; 2]>) -> Result<Tensor> {
-        let x = self.with_class_token(&self.patches(pixel_values)?)?;
-        roofbench_nn::cost::elementwise(x.elem_count(), 1); // positions added
-        match patches {
-            Some(patches) => x.broadcast_add(&self.interpolated_positions(patches)?),
-            None => x.broadcast_add(&self.position_embeddings),
-        }
+        let positions = match patches {
+            Some(patches) => &self.interpolated_positions(patches)?,
+            None => &self.position_embeddings,
+        };
+        let (_, rows, hidden) = positions.dims3()?;
+        let batch = pixel_values.dim(0)?;
+        let of_patches = positions.narrow(1, 1, rows - 1)?.broadcast_as((batch, rows - 1, hidden))?;
+        let patches = self.patch_embeddings.forward_add(pixel_values, &of_patches.contiguous()?)?;
+        roofbench_nn::cost::elementwise(batch * hidden, 1); // the class token's position added
+        let class = (&self.cls_token + positions.narrow(1, 0, 1)?)?.broadcast_as((batch, 1, hidden))?;
+        Tensor::cat(&[&class, &patches], 1)
     }
 
     /// Patches alone, for [`join`](Self::join).

@@ -87,11 +87,11 @@ impl Default for SamVisionConfig {
 
 impl SamVisionConfig {
     /// Patches along each side.
-    pub(super) fn grid(&self) -> usize {
+    pub(crate) fn grid(&self) -> usize {
         self.image_size / self.patch_size.max(1)
     }
 
-    pub(super) fn mlp_dim(&self) -> usize {
+    pub(crate) fn mlp_dim(&self) -> usize {
         self.mlp_dim.unwrap_or((self.hidden_size as f64 * self.mlp_ratio) as usize)
     }
 
@@ -144,7 +144,7 @@ impl Default for SamPromptEncoderConfig {
 }
 
 /// The decoder of masks.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(default)]
 pub struct SamMaskDecoderConfig {
     /// Width of the stream.

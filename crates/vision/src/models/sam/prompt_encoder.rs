@@ -177,26 +177,26 @@ impl PromptEncoder {
 const ENCODING_FLOPS: usize = 4 + 1 + 2 + 2;
 
 /// Points of each prompt.
-pub(super) struct Points {
+pub(crate) struct Points {
     /// In each prompt.
-    pub(super) each: usize,
+    pub(crate) each: usize,
     /// x and y, in pixels.
-    pub(super) places: Vec<[f64; 2]>,
+    pub(crate) places: Vec<[f64; 2]>,
     /// 1 object, 0 background, -1 no point, -10 padding.
-    pub(super) labels: Vec<i64>,
+    pub(crate) labels: Vec<i64>,
 }
 
 /// The arguments of `forward` but for the picture, checked.
-pub(super) struct Prompts {
-    pub(super) batch: usize,
+pub(crate) struct Prompts {
+    pub(crate) batch: usize,
     /// Prompts for each picture.
-    pub(super) each: usize,
-    pub(super) points: Option<Points>,
+    pub(crate) each: usize,
+    pub(crate) points: Option<Points>,
     /// x1, y1, x2, y2 in pixels.
-    pub(super) boxes: Option<Vec<[f64; 4]>>,
+    pub(crate) boxes: Option<Vec<[f64; 4]>>,
     /// (batch or 1, 1, 4 rows, 4 columns)
-    pub(super) masks: Option<Tensor>,
-    pub(super) multimask: bool,
+    pub(crate) masks: Option<Tensor>,
+    pub(crate) multimask: bool,
 }
 
 impl Prompts {
