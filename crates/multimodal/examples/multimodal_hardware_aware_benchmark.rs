@@ -71,8 +71,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Loads the model under `plan`, and measures it: seconds of the call, and of each phase with its cost.
-fn measured(spec: &ModelSpec, plan: &Plan) -> Result<(f64, Vec<(PhaseCost, f64)>), Box<dyn Error>> {
+/// Seconds of a call, and of each of its phases with its cost.
+type Measured = (f64, Vec<(PhaseCost, f64)>);
+
+/// Loads the model under `plan`, and measures it.
+fn measured(spec: &ModelSpec, plan: &Plan) -> Result<Measured, Box<dyn Error>> {
     let mut choices = Options::default();
     plan.decisions.iter().filter(|d| d.applies).for_each(|d| choices.switch(&d.name, d.on));
     options::set(choices); // for what this thread loads and calls
