@@ -150,7 +150,7 @@ impl Weights {
         Ok(Self { shared: Arc::new(Shared { origin, aliases, requested: Mutex::default() }) })
     }
 
-    /// Weights of a second model that goes with this one: of the same seed where these are synthetic, else those in the
+    /// Weights of a second model that goes with this one: of the same seed where these are synthetic, sizes alone where these are, else those in the
     /// folder `name` beside them, when it is there.
     ///
     /// # Errors
@@ -158,6 +158,7 @@ impl Weights {
     pub fn beside(&self, name: &str, rules: &[AliasRule], class: &str) -> Result<Option<Self>, WeightsError> {
         let source = match &self.shared.origin {
             Origin::Synthetic { seed } => Source::Synthetic { seed: *seed },
+            Origin::Sizes => Source::Sizes,
             Origin::Stored { checkpoint, .. } => {
                 let path = checkpoint.folder().join(name);
                 if !path.is_dir() {
