@@ -286,6 +286,9 @@ impl Reader {
     /// [`SessionError::File`] when it can't be read or is no audio.
     pub fn open(path: &Path) -> Result<Self, SessionError> {
         let file = File::open(path).map_err(|error| refused(path, &error))?;
+        if file.metadata().is_ok_and(|data| data.is_file() && data.len() == 0) {
+            return Err(refused(path, &"is no audio: the file is empty"));
+        }
         let mut hint = Hint::new();
         if let Some(extension) = path.extension().and_then(|extension| extension.to_str()) {
             hint.with_extension(extension);
@@ -560,13 +563,14 @@ mod tests {
     #[test]
     fn formats_agree_whole_and_in_pieces() {
         let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
-        for (file, seconds, error) in [
-            ("tone.wav", 0.5, 1e-3),
-            ("tone.flac", 0.5, 1e-3),
-            ("tone.mp3", 0.5, 0.03),
-            ("tone.ogg", 0.5, 0.03),
-            ("tone.aac", 0.5, 0.03),
-            ("tone.m4a", 0.5, 0.03),
+        // what the encoder of the MP3 makes of it is 5 % softer
+        for (file, seconds, amplitude, error) in [
+            ("tone.wav", 0.5, 0.5, 1e-3),
+            ("tone.flac", 0.5, 0.5, 1e-3),
+            ("tone.mp3", 0.5, 0.475, 0.03),
+            ("tone.ogg", 0.5, 0.5, 0.03),
+            ("tone.aac", 0.5, 0.5, 0.03),
+            ("tone.m4a", 0.5, 0.5, 0.03),
         ] {
             let path = fixtures.join(file);
             let whole = Sound::read(&path).unwrap().mixed(1).resampled(16_000).unwrap();
@@ -588,7 +592,7 @@ mod tests {
                 middle.iter().enumerate().map(|(at, x)| f64::from(*x) * f(basis(at))).sum::<f64>() * 2.0 / 3200.0
             };
             let (sine, cosine) = (project(|basis| basis.0), project(|basis| basis.1));
-            assert!((sine.hypot(cosine) - 0.5).abs() < 0.02, "{file}: {}", sine.hypot(cosine));
+            assert!((sine.hypot(cosine) - amplitude).abs() < 0.02, "{file}: {}", sine.hypot(cosine));
             let rest = |(at, x): (usize, &f32)| (f64::from(*x) - sine * basis(at).0 - cosine * basis(at).1).abs();
             let rest = middle.iter().enumerate().map(rest).fold(0.0, f64::max);
             assert!(rest < error, "{file}: {rest}");

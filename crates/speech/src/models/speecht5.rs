@@ -1359,7 +1359,7 @@ mod tests {
         let mut message = |arguments| speak(&mut *model, &[[3, 4, 5, 6]], arguments).err().map(|e| e.to_string());
         assert!(message(json!({"maxlenratio": 20.0})).is_some_and(|m| m.contains("`maxlenratio`: comes to 40 steps")));
         assert!(message(json!({"threshold": "low"})).is_some_and(|m| m.contains("`threshold`")));
-        assert!(message(json!({"vocoder": true})).is_some_and(|m| m.contains("`vocoder`")));
+        assert!(message(json!({"vocoder": true, "maxlenratio": 4.0})).is_some_and(|m| m.contains("`vocoder`")));
         let config = |changes| SpeechT5Config::from_spec(&spec(TO_TEXT, changes)).err().map(|e| e.to_string());
         assert!(config(json!({"speech_decoder_prenet_dropout": 1.0})).is_some_and(|m| m.contains("is not in 0..1")));
         assert!(config(json!({"speech_decoder_postnet_kernel": 4})).is_some_and(|m| m.contains("4 is even")));
