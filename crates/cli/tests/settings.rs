@@ -1,6 +1,5 @@
 //! The real program: what it predicts, what it chooses, and what it measures behind the samples.
 
-#[expect(dead_code, reason = "other test binaries use the rest of it")]
 mod support;
 
 use std::fs;

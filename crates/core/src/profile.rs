@@ -114,7 +114,7 @@ impl ProfiledCall {
         for (phase, end) in &self.ends {
             events.push(event(
                 1,
-                &json!(phase).as_str().unwrap_or_default().to_owned(),
+                json!(phase).as_str().unwrap_or_default(),
                 "phase",
                 from,
                 end - from,

@@ -247,7 +247,7 @@ impl Decoder {
 /// What follows the encoder.
 enum Head {
     Nothing,
-    Decoder(Decoder),
+    Decoder(Box<Decoder>),
     Classifier {
         /// Softmax of the checkpoint's, where the states are summed.
         layer_weights: Vec<f64>,
@@ -319,7 +319,7 @@ impl WhisperModel {
             }
             GENERATION => {
                 let model = vb.pp("model");
-                (model.pp("encoder"), Head::Decoder(Decoder::load(&cfg, model.pp("decoder"))?), 0)
+                (model.pp("encoder"), Head::Decoder(Box::new(Decoder::load(&cfg, model.pp("decoder"))?)), 0)
             }
             _ => return Err(config::unsupported_class(spec, CLASSES)),
         };
