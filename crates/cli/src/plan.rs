@@ -16,7 +16,7 @@ use serde_json::Value;
 use crate::arguments::{DTypeArg, DeviceArg, WeightsArg};
 use crate::commands::run::Arguments;
 use crate::job::{Job, Sampling, WeightsJob};
-use crate::{models, worker};
+use crate::models;
 
 /// A checkpoint with the family that it belongs to.
 struct Subject {
@@ -402,8 +402,12 @@ fn cells(arguments: &Arguments, subject: &Subject, raw: Option<&RawInputs>) -> a
     if let Some(raw) = raw {
         let first = standard.first().with_context(|| format!("{} has no cells", subject.family.name))?;
         // The worker fills in the method, which the class decides, and the inputs, whose shapes the files decide.
-        let name = worker::raw_name(raw);
-        return Ok(vec![Cell { name, batch: raw.batch() as u64, inputs: BTreeMap::new(), ..first.clone() }]);
+        return Ok(vec![Cell {
+            name: raw.name(),
+            batch: raw.batch() as u64,
+            inputs: BTreeMap::new(),
+            ..first.clone()
+        }]);
     }
     let (_, default) = catalog::checkpoint(&subject.family.default_checkpoint)?;
     let mut cells: Vec<Cell> = Vec::new();
