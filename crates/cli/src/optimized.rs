@@ -6,7 +6,7 @@ use anyhow::Context;
 use roofbench_core::cost::{Cost, PhaseCost};
 use roofbench_core::optimize::{self, Model, OptimizeError, Plan, Switch};
 use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Session, SessionError, Tensors};
-use roofbench_nn::options::{self, Options, Quantized};
+use roofbench_nn::options::{self, Quantized};
 use roofbench_nn::pool::{self, Pinning, PoolConfig};
 
 use crate::job::Job;
@@ -43,11 +43,7 @@ pub(crate) fn apply(job: &Job, plan: &Plan) -> anyhow::Result<bool> {
     };
     let pin = if pinned { Pinning::Compact } else { Pinning::None };
     pool::configure(PoolConfig { threads: job.threads, pin }).context("--threads, --pin")?;
-    let mut options = Options::default();
-    // What does not apply keeps its default, which those that apply are compared with.
-    let decided = plan.decisions.iter().filter(|decision| decision.applies);
-    decided.for_each(|decision| options.switch(&decision.name, decision.on));
-    options::set(options);
+    options::set(plan.choices().collect());
     options::take_quantized();
     Ok(pinned)
 }
