@@ -6,7 +6,7 @@ use anyhow::Context;
 use roofbench_core::cost::{Cost, Outline, PhaseCost};
 use roofbench_core::optimize::{self, Model, OptimizeError, Plan, Switch};
 use roofbench_core::session::{Call, ModelSpec, Observer, Phase, Session, SessionError, Tensors};
-use roofbench_nn::options::{self, Options, Quantized};
+use roofbench_nn::options::{self, Quantized};
 use roofbench_nn::pool::{self, Pinning, PoolConfig};
 
 use crate::job::Job;
@@ -43,17 +43,9 @@ pub(crate) fn apply(job: &Job, plan: &Plan) -> anyhow::Result<bool> {
     };
     let pin = if pinned { Pinning::Compact } else { Pinning::None };
     pool::configure(PoolConfig { threads: job.threads, pin }).context("--threads, --pin")?;
-    options::set(options_of(plan));
+    options::set(plan.choices().collect());
     options::take_quantized();
     Ok(pinned)
-}
-
-fn options_of(plan: &Plan) -> Options {
-    let mut options = Options::default();
-    // What does not apply keeps its default, which those that apply are compared with.
-    let decided = plan.decisions.iter().filter(|decision| decision.applies);
-    decided.for_each(|decision| options.switch(&decision.name, decision.on));
-    options
 }
 
 /// What `call` costs on the model of `spec` under `plan`, without loading it.
@@ -62,7 +54,7 @@ fn options_of(plan: &Plan) -> Options {
 /// Names what of the spec, its config or the call is not supported.
 pub(crate) fn cost(spec: &ModelSpec, call: &Call, plan: &Plan) -> Result<Outline, SessionError> {
     options::take_quantized();
-    let outline = options::with(options_of(plan), || models::cost(spec, call))?;
+    let outline = options::with(plan.choices().collect(), || models::cost(spec, call))?;
     Ok(Outline { phases: smaller_all(outline.phases, options::take_quantized()), ..outline })
 }
 

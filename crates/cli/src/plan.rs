@@ -419,8 +419,12 @@ fn cells(arguments: &Arguments, subject: &Subject, raw: Option<&RawInputs>) -> a
     if let Some(raw) = raw {
         let first = standard.first().with_context(|| format!("{} has no cells", subject.family.name))?;
         // The worker fills in the method, which the class decides, and the inputs, whose shapes the files decide.
-        let name = worker::raw_name(raw);
-        return Ok(vec![Cell { name, batch: raw.batch() as u64, inputs: BTreeMap::new(), ..first.clone() }]);
+        return Ok(vec![Cell {
+            name: raw.name(),
+            batch: raw.batch() as u64,
+            inputs: BTreeMap::new(),
+            ..first.clone()
+        }]);
     }
     let (_, default) = catalog::checkpoint(&subject.family.default_checkpoint)?;
     let mut cells: Vec<Cell> = Vec::new();

@@ -17,7 +17,7 @@ use roofbench_core::record::{Outcome, Record, SCHEMA_VERSION, Settings, Subject,
 use roofbench_core::reference::Models as _;
 use roofbench_core::session::{Call, Engine, ModelSpec, Session, SessionError, Tensors, Unobserved};
 use roofbench_core::stats;
-use roofbench_core::task::{RawInputs, Task};
+use roofbench_core::task::Task;
 use roofbench_core::weights::{Source, Weights};
 use roofbench_core::workload::{self, InputSpec};
 use roofbench_nn::kernels::isa;
@@ -184,12 +184,9 @@ fn measure(job: &Job, found: &mut Found) -> anyhow::Result<Outcome> {
     if let Some(task) = task
         && !STOPPED.load(Ordering::Relaxed)
     {
-        let outputs = session.call(&call, &mut Unobserved)?;
-        if let (Some(amount), Some(cell)) = (task.amount(&call, &outputs)?, &mut found.cell) {
-            cell.amount = Some(amount / cell.batch as f64);
-        }
-        for answer in task.answer(&call, &outputs, &mut session)? {
-            tell(&Message::Answer(ui::answer(&answer)))?;
+        // What was measured is kept, whatever becomes of the answer.
+        if let Err(error) = answer(&*task, &call, &mut session, found) {
+            found.warnings.push(Warning { kind: Warning::ANSWER.to_owned(), message: ui::chain(&error) });
         }
     }
     Ok(match &job.machine.cpu.emulator {
@@ -201,6 +198,18 @@ fn measure(job: &Job, found: &mut Found) -> anyhow::Result<Outcome> {
             ),
         },
     })
+}
+
+/// Tells what `call` gives, and notes how much it works through.
+fn answer(task: &dyn Task, call: &Call, session: &mut dyn Session, found: &mut Found) -> anyhow::Result<()> {
+    let outputs = session.call(call, &mut Unobserved)?;
+    if let (Some(amount), Some(cell)) = (task.amount(call, &outputs)?, &mut found.cell) {
+        cell.amount = Some(amount / cell.batch as f64);
+    }
+    for answer in task.answer(call, &outputs, session)? {
+        tell(&Message::Answer(ui::answer(&answer)))?;
+    }
+    Ok(())
 }
 
 /// What `job` builds its session from.
@@ -249,7 +258,7 @@ pub(crate) fn call(
         let (what, time) = (task.preparation(), ui::time(seconds));
         found.note(what, time.clone());
         found.note("inputs", "given on the command line");
-        let name = format!("{}/{}", call.method, raw_name(raw));
+        let name = format!("{}/{}", call.method, raw.name());
         found.cell = Some(Cell { name, inputs: specs(&call.inputs), ..job.cell.clone() });
         let shapes: Vec<_> = call.inputs.iter().map(|(name, x)| format!("{name} {:?}", x.dims())).collect();
         tell(&Message::Answer(format!("{what}: {time}, not part of the latency; {}", shapes.join(", "))))?;
@@ -273,11 +282,6 @@ pub(crate) fn call(
     found.note("inputs", format!("drawn from seed {}", job.seed));
     let inputs = workload::draw(&job.cell, &spec.config, dtype, &spec.device, job.seed)?;
     Ok((Call { method: method.to_owned(), inputs, arguments }, None))
-}
-
-/// What a cell of raw inputs is called behind its method: `text+image/b2`.
-pub(crate) fn raw_name(raw: &RawInputs) -> String {
-    format!("{}/b{}", raw.kinds().join("+"), raw.batch())
 }
 
 /// The call of raw inputs, and the median time to make it, in seconds.

@@ -136,6 +136,13 @@ pub struct Decision {
     pub value: Option<u32>,
 }
 
+impl std::fmt::Display for Decision {
+    /// As [`Switch`], with the reason: `+packed-weights: …`.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}{}: {}", if self.on { '+' } else { '-' }, self.name, self.reason)
+    }
+}
+
 /// What is on and what is off, each with its reason.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(transparent)]
@@ -211,6 +218,12 @@ impl Plan {
             }
         }
         Ok(self)
+    }
+
+    /// What to switch on or off, by name, in the model's blocks (`roofbench_nn::options::Options` collects it). What does not
+    /// apply is left out: it keeps its default, which those that apply are compared with.
+    pub fn choices(&self) -> impl Iterator<Item = (&str, bool)> {
+        self.decisions.iter().filter(|decision| decision.applies).map(|decision| (decision.name.as_str(), decision.on))
     }
 
     /// The decision on `name`.

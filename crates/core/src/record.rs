@@ -200,14 +200,19 @@ pub enum StopRule {
     Interrupted,
 }
 
-/// A condition that may have spoiled the measurement.
+/// A condition that may have spoiled the measurement, or what went wrong beside it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Warning {
     /// Kind: `load`, `steal`, `frequency`, `throttling`, `swap` from the meters; `drift`, `few_samples`, `spread`, `warmup`,
-    /// `outliers` from the samples.
+    /// `outliers` from the samples; `answer` when what came of real inputs could not be told or written.
     pub kind: String,
     /// What was seen, with its numbers, and what would help.
     pub message: String,
+}
+
+impl Warning {
+    /// The kind of a warning that an answer failed; the measurement is as good as without.
+    pub const ANSWER: &str = "answer";
 }
 
 /// The program that measured.

@@ -42,6 +42,11 @@ impl RawInputs {
         self.texts.len().max(self.images.len()).max(self.audio.len())
     }
 
+    /// What a cell of them is called behind its method: `text+image/b2`.
+    pub fn name(&self) -> String {
+        format!("{}/b{}", self.kinds().join("+"), self.batch())
+    }
+
     /// Refuses kinds that a task has no use for, and their absence where it needs them.
     ///
     /// # Errors
@@ -157,7 +162,7 @@ mod tests {
     #[test]
     fn wrong_kinds_are_named() {
         let raw = RawInputs { texts: vec!["a".into()], images: vec!["b.png".into(); 3], ..Default::default() };
-        assert_eq!((raw.kinds(), raw.batch()), (vec!["text", "image"], 3));
+        assert_eq!((raw.kinds(), raw.name()), (vec!["text", "image"], "text+image/b3".to_owned()));
         let message = |kinds: &[&'static str]| raw.expect("vit", kinds).map_err(|error| error.to_string());
         assert_eq!(message(&["text", "image"]), Ok(()));
         assert_eq!(message(&["image"]), Err("input `--text`: vit takes none; give --image".into()));

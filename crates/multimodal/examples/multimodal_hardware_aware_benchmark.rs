@@ -14,11 +14,11 @@
 use std::error::Error;
 use std::time::Instant;
 
-use roofbench_core::hardware::{self, peaks};
+use roofbench_core::hardware;
 use roofbench_core::roofline::Ceiling;
 use roofbench_multimodal::candle_core::{DType, Device, Tensor};
 use roofbench_multimodal::optimize::{Model, Plan};
-use roofbench_multimodal::options::{self, Options};
+use roofbench_multimodal::options::{self};
 use roofbench_multimodal::serde_json::json;
 use roofbench_multimodal::{
     Call, HubOptions, ModelSpec, Observer, Phase, PhaseCost, Session, Source, Weights, aliases,
@@ -31,8 +31,7 @@ const NEW_TOKENS: usize = 4;
 const RUNS: usize = 3;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let mut machine = hardware::probe();
-    machine.peaks = Some(peaks::load_or_measure(peaks::default_cache_dir().as_deref(), false, &machine)?);
+    let machine = hardware::probe_with_peaks()?;
     let threads = machine.cpu.usable_threads;
     println!("{}, {threads} threads", machine.cpu.model);
 
@@ -44,7 +43,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let model = Model { spec: &spec, weight_bytes: Some(1_539_000_000), threads, generates: true };
     let plan = apply_hardware_optimizations(&machine, &model);
     for decision in &plan.decisions {
-        println!("  {} {}: {}", if decision.on { "+" } else { "-" }, decision.name, decision.reason);
+        println!("  {decision}");
     }
 
     let (chosen, components) = measured(&spec, &plan)?;
@@ -76,9 +75,7 @@ type Measured = (f64, Vec<(PhaseCost, f64)>);
 
 /// Loads the model under `plan`, and measures it.
 fn measured(spec: &ModelSpec, plan: &Plan) -> Result<Measured, Box<dyn Error>> {
-    let mut choices = Options::default();
-    plan.decisions.iter().filter(|d| d.applies).for_each(|d| choices.switch(&d.name, d.on));
-    options::set(choices); // for what this thread loads and calls
+    options::set(plan.choices().collect()); // for what this thread loads and calls
     let weights = Weights::open(&Source::Synthetic { seed: 0 }, aliases(spec), &spec.class, &HubOptions::from_env())?;
     let mut session = load(spec, &weights)?;
 

@@ -9,21 +9,14 @@
 //! ```
 //! use roofbench_multimodal::candle_core::{DType, Device, Tensor};
 //! use roofbench_multimodal::serde_json::json;
-//! use roofbench_multimodal::{Call, Engine, HubOptions, ModelSpec, Source, Unobserved, Weights, aliases, load};
+//! use roofbench_multimodal::{Call, HubOptions, ModelSpec, Source, Unobserved, Weights, aliases, load};
 //!
 //! let tower = json!({"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2});
 //! let (mut text, mut vision) = (tower.clone(), tower);
 //! (text["vocab_size"], text["eos_token_id"]) = (30.into(), 29.into());
 //! (vision["image_size"], vision["patch_size"]) = (16.into(), 8.into());
-//! let spec = ModelSpec {
-//!     family: "clip".into(),
-//!     class: "CLIPModel".into(),
-//!     config: json!({"projection_dim": 4, "text_config": text, "vision_config": vision}),
-//!     extra_configs: Default::default(),
-//!     dtype: DType::F32,
-//!     device: Device::Cpu,
-//!     engine: Engine::Roofbench,
-//! };
+//! let config = json!({"projection_dim": 4, "text_config": text, "vision_config": vision});
+//! let spec = ModelSpec::new("clip", "CLIPModel", config);
 //! // `Source::Local` opens a checkpoint folder, `Source::Hub` a repository
 //! let source = Source::Synthetic { seed: 0 };
 //! let weights = Weights::open(&source, aliases(&spec), &spec.class, &HubOptions::from_env())?;

@@ -4,18 +4,10 @@ use std::collections::HashMap;
 
 use roofbench_multimodal::candle_core::{DType, Device, Tensor, safetensors};
 use roofbench_multimodal::serde_json::{Value, json};
-use roofbench_multimodal::{Call, Engine, HubOptions, ModelSpec, Source, Tensors, Unobserved, Weights, aliases, load};
+use roofbench_multimodal::{Call, HubOptions, ModelSpec, Source, Tensors, Unobserved, Weights, aliases, load};
 
 fn spec(family: &str, class: &str, config: &Value) -> ModelSpec {
-    ModelSpec {
-        family: family.into(),
-        class: class.into(),
-        config: config.clone(),
-        extra_configs: Default::default(),
-        dtype: DType::F32,
-        device: Device::Cpu,
-        engine: Engine::Roofbench,
-    }
+    ModelSpec::new(family, class, config.clone())
 }
 
 /// Saves the made-up weights of class `from` under the names that `rename` gives them, and loads `to` from them; both have

@@ -122,6 +122,15 @@ impl Options {
     }
 }
 
+/// The defaults with these choices made: see [`Options::switch`].
+impl<'a> FromIterator<(&'a str, bool)> for Options {
+    fn from_iter<T: IntoIterator<Item = (&'a str, bool)>>(choices: T) -> Self {
+        let mut options = Self::default();
+        choices.into_iter().for_each(|(name, on)| options.switch(name, on));
+        options
+    }
+}
+
 /// Weights that [`Options::precision`] made smaller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Quantized {

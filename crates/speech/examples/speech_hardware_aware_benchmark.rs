@@ -15,11 +15,11 @@ use std::error::Error;
 use std::path::Path;
 use std::time::Instant;
 
-use roofbench_core::hardware::{self, Machine, peaks};
+use roofbench_core::hardware::{self, Machine};
 use roofbench_core::roofline::Ceiling;
 use roofbench_speech::audio::Sound;
 use roofbench_speech::optimize::{Model, Plan};
-use roofbench_speech::options::{self, Options};
+use roofbench_speech::options::{self};
 use roofbench_speech::preprocess::{self, Padding, WaveformProcessor};
 use roofbench_speech::serde_json::json;
 use roofbench_speech::{
@@ -29,8 +29,7 @@ use roofbench_speech::{
 const RUNS: usize = 5;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let mut machine = hardware::probe();
-    machine.peaks = Some(peaks::load_or_measure(peaks::default_cache_dir().as_deref(), false, &machine)?);
+    let machine = hardware::probe_with_peaks()?;
     let threads = machine.cpu.usable_threads;
     println!("{}, {threads} threads", machine.cpu.model);
 
@@ -49,7 +48,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let model = Model { spec: &spec, weight_bytes: Some(378_000_000), threads, generates: false };
     let plan = apply_hardware_optimizations(&machine, &model);
     for decision in &plan.decisions {
-        println!("  {} {}: {}", if decision.on { "+" } else { "-" }, decision.name, decision.reason);
+        println!("  {decision}");
     }
 
     println!("\n{:24} {:>10} {:>8} {:>10}", "", "call, ms", "RTFx", "roofline");
@@ -74,9 +73,7 @@ fn show(
     call: &Call,
     seconds: f64,
 ) -> Result<f64, Box<dyn Error>> {
-    let mut choices = Options::default();
-    plan.decisions.iter().filter(|d| d.applies).for_each(|d| choices.switch(&d.name, d.on));
-    options::set(choices); // for what this thread loads and calls
+    options::set(plan.choices().collect()); // for what this thread loads and calls
     let weights = Weights::open(&Source::Synthetic { seed: 0 }, aliases(spec), &spec.class, &HubOptions::from_env())?;
     let mut session = load(spec, &weights)?;
     let mut times = Vec::new();

@@ -7,25 +7,17 @@
 //! A wav2vec 2.0 of a few thousand weights, made up from a seed, listens to a tone:
 //!
 //! ```
-//! use roofbench_speech::candle_core::{DType, Device};
 //! use roofbench_speech::ctc::CtcDecoder;
 //! use roofbench_speech::preprocess::{Options, Padding, WaveformProcessor};
 //! use roofbench_speech::serde_json::json;
-//! use roofbench_speech::{Call, Engine, HubOptions, ModelSpec, Source, Unobserved, Weights, aliases, load};
+//! use roofbench_speech::{Call, HubOptions, ModelSpec, Source, Unobserved, Weights, aliases, load};
 //!
-//! let spec = ModelSpec {
-//!     family: "wav2vec2".into(),
-//!     class: "Wav2Vec2ForCTC".into(),
-//!     config: json!({
-//!         "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
-//!         "conv_dim": [8, 8], "conv_kernel": [10, 4], "conv_stride": [5, 4], "num_conv_pos_embeddings": 4,
-//!         "num_conv_pos_embedding_groups": 2, "vocab_size": 4,
-//!     }),
-//!     extra_configs: Default::default(),
-//!     dtype: DType::F32,
-//!     device: Device::Cpu,
-//!     engine: Engine::Roofbench,
-//! };
+//! let config = json!({
+//!     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+//!     "conv_dim": [8, 8], "conv_kernel": [10, 4], "conv_stride": [5, 4], "num_conv_pos_embeddings": 4,
+//!     "num_conv_pos_embedding_groups": 2, "vocab_size": 4,
+//! });
+//! let spec = ModelSpec::new("wav2vec2", "Wav2Vec2ForCTC", config);
 //! // `Source::Local` opens a checkpoint folder, `Source::Hub` a repository
 //! let source = Source::Synthetic { seed: 0 };
 //! let weights = Weights::open(&source, aliases(&spec), &spec.class, &HubOptions::from_env())?;
@@ -66,7 +58,7 @@ use roofbench_core::optimize::{Model, Optimization, Plan};
 pub use roofbench_core::session::{
     Arguments, Call, Engine, ModelSpec, Observer, Phase, Processor, Session, SessionError, Tensors, Unobserved,
 };
-use roofbench_core::task::{RawInputs, Task};
+pub use roofbench_core::task::{Answer, RawInputs, Task};
 pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, WeightsError};
 pub use roofbench_core::{hardware, optimize};
 pub use roofbench_nn::options;

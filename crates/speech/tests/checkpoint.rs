@@ -7,8 +7,8 @@ use candle_core::{DType, Device, Tensor};
 use roofbench_core::reference::{self, Case, Models, Setting};
 use roofbench_core::weights::synthetic;
 use roofbench_speech::{
-    AliasRule, Call, Engine, HubOptions, ModelSpec, Processor, Session, SessionError, Source, Tensors, Unobserved,
-    Weights, aliases, load,
+    AliasRule, Call, HubOptions, ModelSpec, Processor, Session, SessionError, Source, Tensors, Unobserved, Weights,
+    aliases, load,
 };
 use serde_json::{Value, json};
 
@@ -42,19 +42,15 @@ fn every_case_passes_at_its_own_tolerance() {
 }
 
 fn spec(class: &str, mask_time_prob: f64) -> ModelSpec {
-    ModelSpec {
-        family: "wav2vec2".into(),
-        class: class.into(),
-        config: json!({
+    ModelSpec::new(
+        "wav2vec2",
+        class,
+        json!({
             "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12, "vocab_size": 5,
             "conv_dim": [4, 6], "conv_kernel": [4, 2], "conv_stride": [2, 2], "num_conv_pos_embeddings": 4,
             "num_conv_pos_embedding_groups": 2, "mask_time_prob": mask_time_prob,
         }),
-        extra_configs: BTreeMap::new(),
-        dtype: DType::F32,
-        device: Device::Cpu,
-        engine: Engine::Roofbench,
-    }
+    )
 }
 
 fn run(spec: &ModelSpec, source: &Source) -> Result<(Tensors, Weights), SessionError> {

@@ -13,11 +13,11 @@
 use std::error::Error;
 use std::time::Instant;
 
-use roofbench_core::hardware::{self, Machine, peaks};
+use roofbench_core::hardware::{self, Machine};
 use roofbench_core::roofline::Ceiling;
 use roofbench_text::candle_core::Tensor;
 use roofbench_text::optimize::{Model, Plan};
-use roofbench_text::options::{self, Options};
+use roofbench_text::options::{self};
 use roofbench_text::serde_json::json;
 use roofbench_text::{
     Call, HubOptions, ModelSpec, Observer, Phase, Session, Source, Weights, aliases, apply_hardware_optimizations, load,
@@ -28,8 +28,7 @@ const NEW_TOKENS: usize = 32;
 const RUNS: usize = 5;
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let mut machine = hardware::probe();
-    machine.peaks = Some(peaks::load_or_measure(peaks::default_cache_dir().as_deref(), false, &machine)?);
+    let machine = hardware::probe_with_peaks()?;
     let threads = machine.cpu.usable_threads;
     println!("{}, {threads} threads", machine.cpu.model);
 
@@ -41,7 +40,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let model = Model { spec: &spec, weight_bytes: Some(498_000_000), threads, generates: true };
     let plan = apply_hardware_optimizations(&machine, &model);
     for decision in &plan.decisions {
-        println!("  {} {}: {}", if decision.on { "+" } else { "-" }, decision.name, decision.reason);
+        println!("  {decision}");
     }
 
     println!("\n{:32} {:>12} {:>12} {:>14} {:>10}", "", "prefill, ms", "a token, ms", "tokens/s", "roofline");
@@ -57,9 +56,7 @@ fn main() -> Result<(), Box<dyn Error>> {
 
 /// Loads and measures the model under `plan`; prints a row, and gives the seconds of a call.
 fn show(name: &str, machine: &Machine, spec: &ModelSpec, plan: &Plan) -> Result<f64, Box<dyn Error>> {
-    let mut choices = Options::default();
-    plan.decisions.iter().filter(|d| d.applies).for_each(|d| choices.switch(&d.name, d.on));
-    options::set(choices); // for what this thread loads and calls
+    options::set(plan.choices().collect()); // for what this thread loads and calls
     let weights = Weights::open(&Source::Synthetic { seed: 0 }, aliases(spec), &spec.class, &HubOptions::from_env())?;
     let mut session = load(spec, &weights)?;
 

@@ -43,7 +43,7 @@ use roofbench_core::optimize::{Model, Optimization, Plan};
 pub use roofbench_core::session::{
     Arguments, Call, Engine, ModelSpec, Observer, Phase, Session, SessionError, Tensors, Unobserved,
 };
-use roofbench_core::task::{RawInputs, Task};
+pub use roofbench_core::task::{Answer, RawInputs, Task};
 pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, WeightsError};
 pub use roofbench_core::{hardware, optimize};
 pub use roofbench_nn::options;
@@ -81,7 +81,7 @@ pub fn optimizations(family: &str) -> &'static [&'static Optimization] {
 ///
 /// ```
 /// use roofbench_text::optimize::Model;
-/// use roofbench_text::options::{self, Options};
+/// use roofbench_text::options;
 /// use roofbench_text::{ModelSpec, apply_hardware_optimizations, hardware};
 ///
 /// let spec = ModelSpec::new("bert", "BertModel", Default::default());
@@ -91,9 +91,7 @@ pub fn optimizations(family: &str) -> &'static [&'static Optimization] {
 /// let plan = plan.switched(&["-fused-attention".parse()?], &spec.family)?;
 ///
 /// // what this thread loads and calls from here on follows the plan
-/// let mut options = Options::default();
-/// plan.decisions.iter().for_each(|decision| options.switch(&decision.name, decision.on));
-/// options::set(options);
+/// options::set(plan.choices().collect());
 /// # Ok::<_, Box<dyn std::error::Error>>(())
 /// ```
 pub fn apply_hardware_optimizations(machine: &Machine, model: &Model) -> Plan {

@@ -14,11 +14,10 @@ use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use roofbench_vision::candle_core::{DType, Device};
 use roofbench_vision::classify::{classify, labels};
 use roofbench_vision::preprocess::ImageProcessor;
 use roofbench_vision::serde_json::{Value, json};
-use roofbench_vision::{Call, Engine, HubOptions, ModelSpec, Source, Unobserved, Weights, aliases, load};
+use roofbench_vision::{Call, HubOptions, ModelSpec, Source, Unobserved, Weights, aliases, load};
 
 const RUNS: usize = 7;
 
@@ -32,15 +31,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let photo = Path::new(env!("CARGO_MANIFEST_DIR")).join("samples/photo.jpg");
     let picture = arguments.next().map_or(photo, PathBuf::from);
 
-    let mut spec = ModelSpec {
-        family: "vit".into(),
-        class: "ViTForImageClassification".into(),
-        config: vit_base(),
-        extra_configs: Default::default(),
-        dtype: DType::F32,
-        device: Device::Cpu,
-        engine: Engine::Roofbench,
-    };
+    let mut spec = ModelSpec::new("vit", "ViTForImageClassification", vit_base());
     let weights = Weights::open(&source, aliases("vit"), &spec.class, &HubOptions::from_env())?;
     let mut processor_config = json!({"size": 224});
     if !matches!(source, Source::Synthetic { .. }) {

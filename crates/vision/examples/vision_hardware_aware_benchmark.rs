@@ -15,7 +15,7 @@ use std::error::Error;
 use std::time::Instant;
 
 use roofbench_core::catalog;
-use roofbench_core::hardware::{self, Machine, peaks};
+use roofbench_core::hardware::{self, Machine};
 use roofbench_core::roofline::Ceiling;
 use roofbench_core::workload;
 use roofbench_vision::optimize::{Model, Plan};
@@ -32,8 +32,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let family = catalog::family(&arguments.next().unwrap_or("vit".into()))?;
     let pictures: u64 = arguments.next().map_or(Ok(1), |count| count.parse())?;
 
-    let mut machine = hardware::probe();
-    machine.peaks = Some(peaks::load_or_measure(peaks::default_cache_dir().as_deref(), false, &machine)?);
+    let machine = hardware::probe_with_peaks()?;
     let threads = machine.cpu.usable_threads;
     println!("{}, {threads} threads", machine.cpu.model);
 
@@ -42,7 +41,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let model = Model { spec: &spec, weight_bytes: Some(4 * checkpoint.parameters), threads, generates: false };
     let plan = apply_hardware_optimizations(&machine, &model);
     for decision in &plan.decisions {
-        println!("  {} {}: {}", if decision.on { "+" } else { "-" }, decision.name, decision.reason);
+        println!("  {decision}");
     }
 
     let cell = family.cells.first().ok_or("the family has a standard cell")?.with_batch(pictures)?;
@@ -64,7 +63,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     for decision in plan.decisions.iter().filter(|decision| decision.applies) {
         let switch = format!("{}{}", if decision.on { '-' } else { '+' }, decision.name);
         let other = plan.clone().switched(&[switch.parse()?], &spec.family)?;
-        if choices(&other) == choices(&plan) {
+        if other.choices().collect::<Options>() == plan.choices().collect() {
             continue; // of threads, which are the program's affair
         }
         let mut other = Measured::load(&spec, &other)?;
@@ -80,13 +79,6 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// What a plan leaves to the blocks of a model.
-fn choices(plan: &Plan) -> Options {
-    let mut choices = Options::default();
-    plan.decisions.iter().filter(|d| d.applies).for_each(|d| choices.switch(&d.name, d.on));
-    choices
-}
-
 /// A model under a plan, and the seconds of its calls.
 struct Measured {
     session: Box<dyn Session>,
@@ -96,7 +88,7 @@ struct Measured {
 
 impl Measured {
     fn load(spec: &ModelSpec, plan: &Plan) -> Result<Self, Box<dyn Error>> {
-        let choices = choices(plan);
+        let choices = plan.choices().collect();
         let source = Source::Synthetic { seed: 0 };
         let weights = Weights::open(&source, aliases(&spec.family), &spec.class, &HubOptions::from_env())?;
         let session = options::with(choices, || load(spec, &weights))?;

@@ -7,25 +7,17 @@
 //! A ViT of a few hundred weights, made up from a seed, looks at a picture:
 //!
 //! ```
-//! use roofbench_vision::candle_core::{DType, Device};
 //! use roofbench_vision::classify::{classify, labels};
 //! use roofbench_vision::image::{Rgb, RgbImage};
 //! use roofbench_vision::preprocess::ImageProcessor;
 //! use roofbench_vision::serde_json::json;
-//! use roofbench_vision::{Call, Engine, HubOptions, ModelSpec, Source, Unobserved, Weights, aliases, load};
+//! use roofbench_vision::{Call, HubOptions, ModelSpec, Source, Unobserved, Weights, aliases, load};
 //!
-//! let spec = ModelSpec {
-//!     family: "vit".into(),
-//!     class: "ViTForImageClassification".into(),
-//!     config: json!({
-//!         "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16,
-//!         "image_size": 16, "patch_size": 8, "id2label": {"0": "dark", "1": "light", "2": "striped"},
-//!     }),
-//!     extra_configs: Default::default(),
-//!     dtype: DType::F32,
-//!     device: Device::Cpu,
-//!     engine: Engine::Roofbench,
-//! };
+//! let config = json!({
+//!     "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16,
+//!     "image_size": 16, "patch_size": 8, "id2label": {"0": "dark", "1": "light", "2": "striped"},
+//! });
+//! let spec = ModelSpec::new("vit", "ViTForImageClassification", config);
 //! // `Source::Local` opens a checkpoint folder, `Source::Hub` a repository
 //! let source = Source::Synthetic { seed: 0 };
 //! let weights = Weights::open(&source, aliases("vit"), &spec.class, &HubOptions::from_env())?;
@@ -66,7 +58,7 @@ use roofbench_core::optimize::{Model, Optimization, Plan};
 pub use roofbench_core::session::{
     Arguments, Call, Engine, ModelSpec, Observer, Phase, Processor, Session, SessionError, Tensors, Unobserved,
 };
-use roofbench_core::task::{RawInputs, Task};
+pub use roofbench_core::task::{Answer, RawInputs, Task};
 pub use roofbench_core::weights::{AliasRule, HubOptions, Source, Weights, WeightsError};
 pub use roofbench_core::{hardware, optimize};
 pub use roofbench_nn::options;

@@ -3,21 +3,13 @@
 use std::collections::HashMap;
 
 use candle_core::{DType, Device, Tensor, safetensors};
-use roofbench_core::session::{Call, Engine, ModelSpec, Unobserved};
+use roofbench_core::session::{Call, ModelSpec, Unobserved};
 use roofbench_core::weights::{HubOptions, Source, Weights};
 use roofbench_vision::{aliases, candle_core, load};
 use serde_json::{Value, json};
 
 fn spec(family: &str, class: &str, config: &Value) -> ModelSpec {
-    ModelSpec {
-        family: family.into(),
-        class: class.into(),
-        config: config.clone(),
-        extra_configs: Default::default(),
-        dtype: DType::F32,
-        device: Device::Cpu,
-        engine: Engine::Roofbench,
-    }
+    ModelSpec::new(family, class, config.clone())
 }
 
 /// Saves the made-up weights of class `from`, renamed, and loads `to` from them; both have to give the same `output`.

@@ -7,8 +7,8 @@ use std::time::Duration;
 use anyhow::Context;
 use roofbench_core::meters::clock;
 use roofbench_core::optimize::Switch;
-use roofbench_core::record::{Outcome, Record, StopRule, Writer};
-use serde_json::Value;
+use roofbench_core::record::{Outcome, Record, StopRule, Warning, Writer};
+use serde_json::{Value, json};
 
 use super::{ablate, against};
 use crate::arguments::{DTypeArg, DeviceArg, EXIT_FAILED, EXIT_INTERRUPTED, EngineArg, WeightsArg};
@@ -47,8 +47,8 @@ Examples:
   roofbench run bert --against main        this build beside that of a commit, in alternation
   roofbench run bert --dry-run             what would be measured
 
-Exit status: 0 all is measured (or skipped with a reason), 1 a cell failed, 2 the command could not start,
-130 interrupted. With --against: 0 no cell is slower, 1 a cell is slower, 2 undecided, 64 it could not be compared.")]
+Exit status: 0 all is measured (or skipped with a reason), 1 a cell or an answer failed, 2 the command could not
+start, 130 interrupted. With --against: 0 no cell is slower, 1 a cell is slower, 2 undecided, 64 it could not be compared.")]
 #[group(id = "run")]
 pub(crate) struct Arguments {
     /// Families, as `roofbench list` names them; all that this build runs when none is given
@@ -254,7 +254,10 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         eprintln!("interrupted: {} of {} done", records.len(), ui::count(jobs.len(), "cell"));
         return Ok(ExitCode::from(EXIT_INTERRUPTED));
     }
-    let failed = records.iter().any(|record| matches!(record.outcome, Outcome::Failed { .. }));
+    let failed = records.iter().any(|record| {
+        matches!(record.outcome, Outcome::Failed { .. })
+            || record.warnings.iter().any(|warning| warning.kind == Warning::ANSWER)
+    });
     Ok(if failed { ExitCode::from(EXIT_FAILED) } else { ExitCode::SUCCESS })
 }
 

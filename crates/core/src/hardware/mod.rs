@@ -18,9 +18,19 @@ use serde::{Deserialize, Serialize};
 pub use conditions::Conditions;
 pub(crate) use gpu::why_not as nvml_why_not;
 
+/// The machine with its measured ceilings, from the cache of this user where they are in it.
+///
+/// # Errors
+/// As for [`peaks::load_or_measure`].
+pub fn probe_with_peaks() -> Result<Machine, peaks::PeaksError> {
+    let mut machine = probe();
+    machine.peaks = Some(peaks::load_or_measure(peaks::default_cache_dir().as_deref(), false, &machine)?);
+    Ok(machine)
+}
+
 /// The machine as far as it can be seen from here. Never fails: what can't be found is absent.
 ///
-/// [`Machine::peaks`] stays empty; [`peaks::load_or_measure`] fills it.
+/// [`Machine::peaks`] stays empty; [`probe_with_peaks`] fills it.
 pub fn probe() -> Machine {
     let root = root();
     let (gpus, gpu_note) = gpu::probe();

@@ -785,7 +785,7 @@ impl Session for Retriever {
 #[cfg(test)]
 mod tests {
     use candle_core::{DType, Device};
-    use roofbench_core::session::{Engine, Unobserved};
+    use roofbench_core::session::Unobserved;
     use roofbench_core::weights::{HubOptions, Source, Weights};
     use serde_json::Value;
 
@@ -806,15 +806,7 @@ mod tests {
         for (at, field, value) in changes {
             config[*at][*field] = value.clone();
         }
-        ModelSpec {
-            family: "blip".into(),
-            class: class.into(),
-            config,
-            extra_configs: Default::default(),
-            dtype: DType::F32,
-            device: Device::Cpu,
-            engine: Engine::Roofbench,
-        }
+        ModelSpec::new("blip", class, config)
     }
 
     fn model(spec: &ModelSpec) -> Result<Box<dyn Session>, SessionError> {

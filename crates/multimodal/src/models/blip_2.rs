@@ -444,7 +444,7 @@ impl Session for Retriever {
 #[cfg(test)]
 pub(crate) mod tests {
     use candle_core::{DType, Device};
-    use roofbench_core::session::{Engine, Unobserved};
+    use roofbench_core::session::Unobserved;
     use roofbench_core::weights::{HubOptions, Source, Weights};
     use serde_json::{Value, json};
 
@@ -472,15 +472,7 @@ pub(crate) mod tests {
                 None => config[&path] = value,
             }
         }
-        ModelSpec {
-            family: "blip-2".into(),
-            class: class.into(),
-            config,
-            extra_configs: Default::default(),
-            dtype: DType::F32,
-            device: Device::Cpu,
-            engine: Engine::Roofbench,
-        }
+        ModelSpec::new("blip-2", class, config)
     }
 
     pub(crate) fn session(

@@ -565,22 +565,14 @@ impl Session for ClipVisionModel {
 #[cfg(test)]
 mod tests {
     use candle_core::Device;
-    use roofbench_core::session::{Engine, Unobserved};
+    use roofbench_core::session::Unobserved;
     use roofbench_core::weights::{HubOptions, Source, Weights};
     use serde_json::{Value, json};
 
     use super::*;
 
     fn spec(class: &str, config: Value) -> ModelSpec {
-        ModelSpec {
-            family: "clip".into(),
-            class: class.into(),
-            config,
-            extra_configs: Default::default(),
-            dtype: DType::F32,
-            device: Device::Cpu,
-            engine: Engine::Roofbench,
-        }
+        ModelSpec::new("clip", class, config)
     }
 
     fn tiny() -> Value {

@@ -180,22 +180,14 @@ impl PictureToText for DonutModel {
 
 #[cfg(test)]
 mod tests {
-    use roofbench_core::session::{Engine, Tensors, Unobserved};
+    use roofbench_core::session::{Tensors, Unobserved};
     use roofbench_core::weights::{HubOptions, Source, Weights};
     use serde_json::json;
 
     use super::*;
 
     fn spec(config: Value) -> ModelSpec {
-        ModelSpec {
-            family: "donut".into(),
-            class: "VisionEncoderDecoderModel".into(),
-            config,
-            extra_configs: Default::default(),
-            dtype: DType::F32,
-            device: Device::Cpu,
-            engine: Engine::Roofbench,
-        }
+        ModelSpec::new("donut", "VisionEncoderDecoderModel", config)
     }
 
     fn tiny() -> Value {

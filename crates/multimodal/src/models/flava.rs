@@ -1078,7 +1078,6 @@ fn announced<T>(states: Option<T>, tower: Phase, observer: &mut dyn Observer) ->
 
 #[cfg(test)]
 mod tests {
-    use roofbench_core::session::Engine;
     use serde_json::json;
 
     use super::*;
@@ -1102,15 +1101,7 @@ mod tests {
         for (field, value) in changes.as_object().expect("an object") {
             config[field] = value.clone();
         }
-        ModelSpec {
-            family: "flava".into(),
-            class: class.into(),
-            config,
-            extra_configs: Default::default(),
-            dtype: DType::F32,
-            device: Device::Cpu,
-            engine: Engine::Roofbench,
-        }
+        ModelSpec::new("flava", class, config)
     }
 
     fn call(arguments: Value) -> Call {

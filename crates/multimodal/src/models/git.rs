@@ -529,7 +529,7 @@ impl Session for GitModel {
 #[cfg(test)]
 mod tests {
     use candle_core::Device;
-    use roofbench_core::session::{Engine, Unobserved};
+    use roofbench_core::session::Unobserved;
     use roofbench_core::weights::{HubOptions, Source, Weights};
     use serde_json::{Value, json};
 
@@ -548,15 +548,7 @@ mod tests {
     }
 
     fn model(config: Value) -> Result<GitModel, SessionError> {
-        let spec = ModelSpec {
-            family: "git".into(),
-            class: "GitForCausalLM".into(),
-            config,
-            extra_configs: Default::default(),
-            dtype: DType::F32,
-            device: Device::Cpu,
-            engine: Engine::Roofbench,
-        };
+        let spec = ModelSpec::new("git", "GitForCausalLM", config);
         let weights =
             Weights::open(&Source::Synthetic { seed: 0 }, aliases(&spec), &spec.class, &HubOptions::default())?;
         GitModel::load(&spec, weights.var_builder(spec.dtype, &spec.device))

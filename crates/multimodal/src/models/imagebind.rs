@@ -763,7 +763,7 @@ impl Session for ImageBindModel {
 
 #[cfg(test)]
 mod tests {
-    use roofbench_core::session::{Engine, Unobserved};
+    use roofbench_core::session::Unobserved;
     use roofbench_core::weights::{HubOptions, Source, Weights, synthetic};
     use serde_json::{Value, json};
 
@@ -783,15 +783,7 @@ mod tests {
         for (field, value) in changes.as_object().expect("an object") {
             config[field] = value.clone();
         }
-        ModelSpec {
-            family: "imagebind".into(),
-            class: "ImageBindModel".into(),
-            config,
-            extra_configs: Default::default(),
-            dtype: DType::F32,
-            device: Device::Cpu,
-            engine: Engine::Roofbench,
-        }
+        ModelSpec::new("imagebind", "ImageBindModel", config)
     }
 
     type Shapes<'a> = &'a [(&'a str, &'a [usize])];

@@ -321,22 +321,14 @@ fn decoder_input_ids(prompt: &Prompt) -> Result<&Tensor, SessionError> {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{DType, Device};
-    use roofbench_core::session::Engine;
+    use candle_core::Device;
+
     use serde_json::json;
 
     use super::*;
 
     fn spec(text_config: Value) -> ModelSpec {
-        ModelSpec {
-            family: "llava".into(),
-            class: "LlavaForConditionalGeneration".into(),
-            config: json!({ "text_config": text_config }),
-            extra_configs: Default::default(),
-            dtype: DType::F32,
-            device: Device::Cpu,
-            engine: Engine::Roofbench,
-        }
+        ModelSpec::new("llava", "LlavaForConditionalGeneration", json!({ "text_config": text_config }))
     }
 
     #[test]

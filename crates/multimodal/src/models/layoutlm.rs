@@ -446,21 +446,13 @@ fn forward_cost(cfg: &LayoutLmConfig, kind: HeadKind, [batch, seq]: [usize; 2], 
 #[cfg(test)]
 mod tests {
     use candle_core::Device;
-    use roofbench_core::session::Engine;
+
     use serde_json::json;
 
     use super::*;
 
     fn spec(class: &str, config: Value) -> ModelSpec {
-        ModelSpec {
-            family: "layoutlm".into(),
-            class: class.into(),
-            config,
-            extra_configs: Default::default(),
-            dtype: DType::F32,
-            device: Device::Cpu,
-            engine: Engine::Roofbench,
-        }
+        ModelSpec::new("layoutlm", class, config)
     }
 
     fn message<T>(result: Result<T, SessionError>) -> String {

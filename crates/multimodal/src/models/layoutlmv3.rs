@@ -633,7 +633,6 @@ fn forward_cost(
 
 #[cfg(test)]
 mod tests {
-    use roofbench_core::session::Engine;
     use serde_json::{Value, json};
 
     use super::*;
@@ -647,15 +646,7 @@ mod tests {
         for (field, value) in changes.as_object().expect("an object") {
             config[field] = value.clone();
         }
-        ModelSpec {
-            family: "layoutlm".into(),
-            class: class.into(),
-            config,
-            extra_configs: Default::default(),
-            dtype: DType::F32,
-            device: Device::Cpu,
-            engine: Engine::Roofbench,
-        }
+        ModelSpec::new("layoutlm", class, config)
     }
 
     fn message(class: &str, changes: Value, inputs: &[(&str, &Tensor)]) -> String {

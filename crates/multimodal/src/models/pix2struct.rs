@@ -421,7 +421,7 @@ impl PictureToText for Pix2StructModel {
 #[cfg(test)]
 mod tests {
     use candle_core::Device;
-    use roofbench_core::session::{Engine, Tensors, Unobserved};
+    use roofbench_core::session::{Tensors, Unobserved};
     use roofbench_core::weights::{HubOptions, Source, Weights};
     use serde_json::{Value, json};
 
@@ -441,15 +441,7 @@ mod tests {
     }
 
     fn session(config: Value) -> Result<Box<dyn Session>, SessionError> {
-        let spec = ModelSpec {
-            family: "pix2struct".into(),
-            class: "Pix2StructForConditionalGeneration".into(),
-            config,
-            extra_configs: Default::default(),
-            dtype: DType::F32,
-            device: Device::Cpu,
-            engine: Engine::Roofbench,
-        };
+        let spec = ModelSpec::new("pix2struct", "Pix2StructForConditionalGeneration", config);
         let weights =
             Weights::open(&Source::Synthetic { seed: 0 }, aliases(&spec), &spec.class, &HubOptions::default())?;
         Pix2StructModel::session(&spec, weights.var_builder(spec.dtype, &spec.device))

@@ -647,7 +647,7 @@ impl Session for VideoMaeModel {
 
 #[cfg(test)]
 mod tests {
-    use roofbench_core::session::{Engine, Unobserved};
+    use roofbench_core::session::Unobserved;
     use roofbench_core::weights::{HubOptions, Source, Weights, synthetic};
     use serde_json::json;
 
@@ -663,15 +663,7 @@ mod tests {
         for (field, value) in changes.as_object().expect("an object") {
             config[field] = value.clone();
         }
-        ModelSpec {
-            family: "videomae".into(),
-            class: class.into(),
-            config,
-            extra_configs: Default::default(),
-            dtype: DType::F32,
-            device: Device::Cpu,
-            engine: Engine::Roofbench,
-        }
+        ModelSpec::new("videomae", class, config)
     }
 
     fn call(shape: &[usize], mask: Option<Vec<u8>>) -> Call {

@@ -729,7 +729,6 @@ fn forward_cost(cfg: &ViltConfig, kind: HeadKind, pairs: &Pairs, bytes: u64) -> 
 
 #[cfg(test)]
 mod tests {
-    use roofbench_core::session::Engine;
     use serde_json::json;
 
     use super::*;
@@ -743,15 +742,7 @@ mod tests {
         for (field, value) in changes.as_object().expect("an object") {
             config[field] = value.clone();
         }
-        ModelSpec {
-            family: "vilt".into(),
-            class: class.into(),
-            config,
-            extra_configs: Default::default(),
-            dtype: DType::F32,
-            device: Device::Cpu,
-            engine: Engine::Roofbench,
-        }
+        ModelSpec::new("vilt", class, config)
     }
 
     fn call(words: usize, pixels: &[usize], mask: Option<&Tensor>) -> Call {

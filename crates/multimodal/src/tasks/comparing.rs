@@ -255,14 +255,14 @@ mod tests {
         let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
         let (cat, texts) = (names(&["cat.png"]), names(&["a dog", "a cat"]));
         let Answer::Table { header, rows } = ranked(&cat, &texts, &[vec![0.0, 3f32.ln()]], "logit", true) else {
-            return;
+            panic!("a table")
         };
         assert_eq!(header, ["picture", "text", "logit", "probability"]);
         assert_eq!(rows, [["cat.png", "a cat", "1.0986", "75.0 %"], ["", "a dog", "0.0000", "25.0 %"]]);
         // one text looks for a picture
         let (pictures, text) = (names(&["a.png", "b.png"]), names(&["a cat"]));
         let Answer::Table { header, rows } = ranked(&pictures, &text, &[vec![0.1], vec![0.2]], "cosine", false) else {
-            return;
+            panic!("a table")
         };
         assert_eq!(header, ["text", "picture", "cosine"]);
         assert_eq!(rows, [["a cat", "b.png", "0.2000"], ["", "a.png", "0.1000"]]);

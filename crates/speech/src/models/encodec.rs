@@ -1125,7 +1125,7 @@ impl Costs<'_> {
 
 #[cfg(test)]
 mod tests {
-    use roofbench_core::session::{Engine, Unobserved};
+    use roofbench_core::session::Unobserved;
     use roofbench_core::weights::Weights;
     use serde_json::{Value, json};
 
@@ -1133,15 +1133,7 @@ mod tests {
     use crate::Source;
 
     fn spec(config: Value) -> ModelSpec {
-        ModelSpec {
-            family: "encodec".into(),
-            class: "EncodecModel".into(),
-            config,
-            extra_configs: Default::default(),
-            dtype: DType::F32,
-            device: Device::Cpu,
-            engine: Engine::Roofbench,
-        }
+        ModelSpec::new("encodec", "EncodecModel", config)
     }
 
     fn tiny(changes: Value) -> EncodecModel {

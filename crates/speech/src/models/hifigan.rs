@@ -358,7 +358,7 @@ fn forward_cost(cfg: &HifiGanConfig, batch: usize, frames: usize, bytes: u64) ->
 #[cfg(test)]
 mod tests {
     use candle_core::{DType, Device};
-    use roofbench_core::session::{Engine, Unobserved};
+    use roofbench_core::session::Unobserved;
     use roofbench_core::weights::Weights;
     use serde_json::{Value, json};
 
@@ -366,15 +366,7 @@ mod tests {
     use crate::Source;
 
     fn spec(config: Value) -> ModelSpec {
-        ModelSpec {
-            family: "speecht5".into(),
-            class: "SpeechT5HifiGan".into(),
-            config,
-            extra_configs: Default::default(),
-            dtype: DType::F32,
-            device: Device::Cpu,
-            engine: Engine::Roofbench,
-        }
+        ModelSpec::new("speecht5", "SpeechT5HifiGan", config)
     }
 
     fn tiny() -> ModelSpec {

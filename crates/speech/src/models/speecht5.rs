@@ -1261,7 +1261,7 @@ impl Costs<'_> {
 
 #[cfg(test)]
 mod tests {
-    use roofbench_core::session::{Engine, Unobserved};
+    use roofbench_core::session::Unobserved;
     use roofbench_core::weights::Weights;
     use serde_json::json;
 
@@ -1281,15 +1281,7 @@ mod tests {
         if let (Some(config), Some(changes)) = (config.as_object_mut(), changes.as_object()) {
             config.extend(changes.clone());
         }
-        ModelSpec {
-            family: "speecht5".into(),
-            class: class.into(),
-            config,
-            extra_configs: Default::default(),
-            dtype: DType::F32,
-            device: Device::Cpu,
-            engine: Engine::Roofbench,
-        }
+        ModelSpec::new("speecht5", class, config)
     }
 
     fn model(spec: &ModelSpec) -> Box<dyn Session> {

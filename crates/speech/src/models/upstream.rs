@@ -77,6 +77,13 @@ impl Whisper {
     }
 }
 
+/// Scores (batch, vocab) of one row (batch, 1, hidden) of each sound. The stock product is made of one sound at a time: its
+/// weights are repeated over a batch without a copy, which candle 0.11 multiplies wrongly from the second item on.
+fn logits(decoder: &stock_whisper::model::TextDecoder, x: &Tensor) -> Result<Tensor> {
+    let of = |item| decoder.final_linear(&x.narrow(0, item, 1)?)?.squeeze(1);
+    Tensor::cat(&(0..x.dim(0)?).map(of).collect::<Result<Vec<_>>>()?, 0)
+}
+
 impl Session for Whisper {
     fn call(&mut self, call: &Call, observer: &mut dyn Observer) -> Result<Tensors, SessionError> {
         let (features, mut plan) = self.read(call)?;
@@ -85,7 +92,7 @@ impl Session for Whisper {
         if plan.detected.is_some() {
             let start = Tensor::full(plan.prompt[0][0], (plan.prompt.len(), 1), device)?;
             let x = decoder.forward(&start, &states, true)?;
-            plan.detect(&decoder.final_linear(&x)?.squeeze(1)?)?;
+            plan.detect(&logits(decoder, &x)?)?;
         }
         let mut sequences = plan.prompt.clone();
         plan.generation.run_with(
@@ -98,7 +105,7 @@ impl Session for Whisper {
                 }
                 let ids = Tensor::from_vec(sequences.concat(), (sequences.len(), ()), device)?;
                 let x = decoder.forward(&ids, &states, tokens.is_none())?;
-                Ok(decoder.final_linear(&last_rows(&x)?.unsqueeze(1)?)?.squeeze(1)?)
+                Ok(logits(decoder, &last_rows(&x)?.unsqueeze(1)?)?)
             },
         )
     }

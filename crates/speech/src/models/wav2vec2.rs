@@ -961,7 +961,6 @@ fn head_cost(cfg: &SpeechConfig, kind: HeadKind, [batch, frames]: [u64; 2], byte
 
 #[cfg(test)]
 mod tests {
-    use roofbench_core::session::Engine;
     use serde_json::{Value, json};
 
     use super::*;
@@ -971,15 +970,7 @@ mod tests {
         for (field, value) in changes.as_object().expect("an object") {
             config[field] = value.clone();
         }
-        ModelSpec {
-            family: "wav2vec2".into(),
-            class: class.into(),
-            config,
-            extra_configs: Default::default(),
-            dtype: DType::F32,
-            device: Device::Cpu,
-            engine: Engine::Roofbench,
-        }
+        ModelSpec::new("wav2vec2", class, config)
     }
 
     fn cost_of(class: &str, changes: Value, shape: [usize; 2]) -> Cost {

@@ -522,7 +522,6 @@ pub(crate) fn forward_cost(cfg: &BertConfig, head: Option<HeadKind>, shape: [usi
 
 #[cfg(test)]
 mod tests {
-
     use super::*;
 
     fn spec(class: &str, changes: &[(&str, Value)]) -> ModelSpec {

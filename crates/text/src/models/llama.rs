@@ -336,7 +336,6 @@ pub(crate) fn forward_cost(cfg: &LlamaConfig, pass: Pass, bytes: u64) -> Cost {
 
 #[cfg(test)]
 mod tests {
-
     use serde_json::json;
 
     use super::*;

@@ -53,7 +53,6 @@ pub fn load(spec: &ModelSpec, vb: VarBuilder) -> Result<LlamaModel, SessionError
 
 #[cfg(test)]
 mod tests {
-
     use serde_json::{Value, json};
 
     use super::super::llama::forward_cost;

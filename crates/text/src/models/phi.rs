@@ -304,7 +304,6 @@ pub(crate) fn forward_cost(cfg: &PhiConfig, pass: Pass, bytes: u64) -> Cost {
 
 #[cfg(test)]
 mod tests {
-
     use serde_json::{Value, json};
 
     use super::*;

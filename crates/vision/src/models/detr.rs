@@ -1081,7 +1081,7 @@ fn mask_cost(cfg: &DetrConfig, plan: &BackbonePlan, sizes: &[[usize; 2]], items:
 
 #[cfg(test)]
 mod tests {
-    use roofbench_core::session::{Engine, Unobserved};
+    use roofbench_core::session::Unobserved;
     use roofbench_core::weights::{HubOptions, Source, Weights, synthetic};
     use serde_json::json;
 
@@ -1099,15 +1099,7 @@ mod tests {
         for (field, value) in changes.as_object().expect("an object") {
             config[field] = value.clone();
         }
-        ModelSpec {
-            family: "detr".into(),
-            class: class.into(),
-            config,
-            extra_configs: Default::default(),
-            dtype: DType::F32,
-            device: Device::Cpu,
-            engine: Engine::Roofbench,
-        }
+        ModelSpec::new("detr", class, config)
     }
 
     fn call(shape: [usize; 4]) -> Call {

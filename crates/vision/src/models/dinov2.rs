@@ -526,7 +526,7 @@ pub(super) fn forward_cost(
 
 #[cfg(test)]
 mod tests {
-    use roofbench_core::session::{Engine, Unobserved};
+    use roofbench_core::session::Unobserved;
     use roofbench_core::weights::{HubOptions, Source, Weights, synthetic};
     use serde_json::{Value, json};
 
@@ -540,15 +540,7 @@ mod tests {
         for (field, value) in changes.as_object().expect("an object") {
             config[field] = value.clone();
         }
-        ModelSpec {
-            family: "dinov2".into(),
-            class: class.into(),
-            config,
-            extra_configs: Default::default(),
-            dtype: DType::F32,
-            device: Device::Cpu,
-            engine: Engine::Roofbench,
-        }
+        ModelSpec::new("dinov2", class, config)
     }
 
     fn call(shape: [usize; 4]) -> Call {

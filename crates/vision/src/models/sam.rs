@@ -221,7 +221,7 @@ pub(super) fn forward_cost(cfg: &SamConfig, request: &Request, dtype: DType) -> 
 
 #[cfg(test)]
 mod tests {
-    use roofbench_core::session::{Engine, Unobserved};
+    use roofbench_core::session::Unobserved;
     use roofbench_core::weights::{HubOptions, Source, Weights, synthetic};
     use serde_json::{Value, json};
 
@@ -244,15 +244,7 @@ mod tests {
         for (field, value) in changes.as_object().expect("an object") {
             config[part][field] = value.clone();
         }
-        ModelSpec {
-            family: "sam".into(),
-            class: "SamModel".into(),
-            config,
-            extra_configs: Default::default(),
-            dtype: DType::F32,
-            device: Device::Cpu,
-            engine: Engine::Roofbench,
-        }
+        ModelSpec::new("sam", "SamModel", config)
     }
 
     fn model(spec: &ModelSpec) -> SamModel {
