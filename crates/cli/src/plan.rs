@@ -16,7 +16,7 @@ use serde_json::Value;
 use crate::arguments::{DTypeArg, DeviceArg, WeightsArg};
 use crate::commands::run::Arguments;
 use crate::job::{After, Job, Sampling, WeightsJob};
-use crate::{models, worker};
+use crate::models;
 
 /// A checkpoint with the family that it belongs to.
 struct Subject {

@@ -116,7 +116,7 @@ fn checkpoint_and_precision_follow_from_memory_and_budget() {
     // the same command measures it
     let again =
         roofbench(folder.path(), command(llama).split(' ').chain(["--dry-run", "--json"])).expect(0, &[]).json_lines();
-    assert_eq!(again, [llama.clone()]);
+    assert_eq!(again, std::slice::from_ref(llama));
     let none = choose("--memory 20MB");
     assert!(
         none.iter().all(|line| line["skipped"].as_str().is_some_and(|reason| reason.contains("--memory is 20"))),

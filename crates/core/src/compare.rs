@@ -59,15 +59,8 @@ impl Process {
     /// From medians of rounds in alternation, nanoseconds each: `new` over `base`.
     pub fn of_rounds(base: &[f64], new: &[f64]) -> Option<Self> {
         let logs: Vec<f64> = base.iter().zip(new).map(|(base, new)| (new / base).ln()).collect();
-        Some(Self { log_median: median(&logs)?, error: stats::median_error(&logs) })
+        Some(Self { log_median: stats::percentile_of(&logs, 50.0)?, error: stats::median_error(&logs) })
     }
-}
-
-fn median(values: &[f64]) -> Option<f64> {
-    let mut sorted = values.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let (low, high) = (sorted.get((sorted.len().max(1) - 1) / 2)?, sorted.get(sorted.len() / 2)?);
-    Some((low + high) / 2.0)
 }
 
 /// A ratio of times with its uncertainty.

@@ -13,6 +13,7 @@ use crate::metrics::{Derived, PhaseResult};
 use crate::record::Record;
 use crate::roofline::Ceiling;
 use crate::session::Phase;
+use crate::stats;
 
 /// What a phase mostly is, which decides how close to its ceilings it comes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -336,11 +337,10 @@ impl Calibration {
 /// Cells below which a fit says more of them than of others.
 pub const LEAST_CELLS: usize = 4;
 
-/// The median, the lower of two in the middle.
+/// The median of what is a positive number.
 fn middle(mut values: Vec<f64>) -> Option<f64> {
     values.retain(|value| value.is_finite() && *value > 0.0);
-    values.sort_by(f64::total_cmp);
-    values.get(values.len().checked_sub(1)? / 2).copied()
+    stats::percentile_of(&values, 50.0)
 }
 
 /// A local minimum of `loss` from `start` on: each number in turn is multiplied and divided by steps that become smaller.
@@ -481,6 +481,6 @@ mod tests {
     #[test]
     fn the_middle_of_what_is_a_number() {
         assert_eq!(middle(vec![3.0, f64::NAN, 1.0, 2.0, 0.0]), Some(2.0));
-        assert_eq!((middle(vec![]), middle(vec![4.0, 5.0])), (None, Some(4.0)));
+        assert_eq!((middle(vec![]), middle(vec![4.0, 5.0])), (None, Some(4.5)));
     }
 }

@@ -112,14 +112,7 @@ impl ProfiledCall {
         let mut events = vec![thread(1, "phases"), thread(2, "operations")];
         let mut from = 0;
         for (phase, end) in &self.ends {
-            events.push(event(
-                1,
-                json!(phase).as_str().unwrap_or_default(),
-                "phase",
-                from,
-                end - from,
-                json!({}),
-            ));
+            events.push(event(1, json!(phase).as_str().unwrap_or_default(), "phase", from, end - from, json!({})));
             from = *end;
         }
         for operation in &self.operations {

@@ -180,6 +180,18 @@ fn sorted(samples: &[u64]) -> Vec<f64> {
 }
 
 /// Linear interpolation between order statistics (Hyndman and Fan's type 7) of a sorted sample that isn't empty.
+/// The `p`-th percentile of `values` in any order, between two of them where it falls there; `None` of no values.
+///
+/// ```
+/// # use roofbench_core::stats::percentile_of;
+/// assert_eq!((percentile_of(&[4.0, 1.0, 2.0], 50.0), percentile_of(&[4.0, 1.0], 75.0)), (Some(2.0), Some(3.25)));
+/// ```
+pub fn percentile_of(values: &[f64], p: f64) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    (!sorted.is_empty()).then(|| percentile(&sorted, p))
+}
+
 fn percentile(sorted: &[f64], p: f64) -> f64 {
     let place = p / 100.0 * (sorted.len() - 1) as f64;
     let (below, above) = (sorted[place.floor() as usize], sorted[place.ceil() as usize]);

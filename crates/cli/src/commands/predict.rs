@@ -9,6 +9,7 @@ use roofbench_core::hardware;
 use roofbench_core::predict::{Calibration, Kind, Measured};
 use roofbench_core::record::{self, Record};
 use roofbench_core::session::{Engine, Phase};
+use roofbench_core::stats;
 use serde::Serialize;
 use serde_json::json;
 
@@ -350,8 +351,9 @@ fn show_errors(arguments: &Arguments, plain: &Calibration, cells: &[Measured]) -
     let rows = groups.iter().filter(|(_, lines)| !lines.is_empty()).map(|(name, lines)| {
         let time: Vec<f64> = lines.iter().filter_map(|line| Some(line.time_error()?.abs())).collect();
         let memory: Vec<f64> = lines.iter().filter_map(|line| Some(line.memory_error()?.abs())).collect();
-        let spread = [(&time, 0.5), (&time, 0.9), (&memory, 0.5), (&memory, 0.9)]
-            .map(|(errors, q)| quantile(errors, q).map_or("–".to_owned(), |error| format!("{:.0} %", 100.0 * error)));
+        let spread = [(&time, 50.0), (&time, 90.0), (&memory, 50.0), (&memory, 90.0)].map(|(errors, p)| {
+            stats::percentile_of(errors, p).map_or("–".to_owned(), |error| format!("{:.0} %", 100.0 * error))
+        });
         [(*name).to_owned(), lines.len().to_string()].into_iter().chain(spread).collect()
     });
     let header =
@@ -360,13 +362,6 @@ fn show_errors(arguments: &Arguments, plain: &Calibration, cells: &[Measured]) -
     print_table(arguments.markdown, &header, rows.collect())?;
     eprintln!("each cell is predicted from all others");
     Ok(())
-}
-
-/// The smallest value that at least a share `q` of `values` do not exceed.
-fn quantile(values: &[f64], q: f64) -> Option<f64> {
-    let mut values = values.to_vec();
-    values.sort_by(f64::total_cmp);
-    values.get(((values.len() as f64 * q).ceil() as usize).checked_sub(1)?).copied()
 }
 
 fn show_choice(arguments: &Arguments, chosen: &[choice::Choice], limits: &choice::Limits) -> anyhow::Result<()> {
@@ -418,13 +413,6 @@ pub(crate) fn planned(job: &Job) -> serde_json::Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn nine_of_ten_are_below_the_ninetieth_percentile() {
-        let values: Vec<f64> = (1..=10).map(f64::from).collect();
-        assert_eq!((quantile(&values, 0.5), quantile(&values, 0.9)), (Some(5.0), Some(9.0)));
-        assert_eq!((quantile(&[], 0.5), quantile(&[3.0], 0.9)), (None, Some(3.0)));
-    }
 
     #[test]
     fn flags_reach_the_grid() {

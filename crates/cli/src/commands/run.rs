@@ -8,7 +8,7 @@ use anyhow::Context;
 use roofbench_core::meters::clock;
 use roofbench_core::optimize::Switch;
 use roofbench_core::record::{Outcome, Record, StopRule, Warning, Writer};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::{ablate, against};
 use crate::arguments::{DTypeArg, DeviceArg, EXIT_FAILED, EXIT_INTERRUPTED, EngineArg, WeightsArg};

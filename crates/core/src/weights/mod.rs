@@ -150,8 +150,8 @@ impl Weights {
         Ok(Self { shared: Arc::new(Shared { origin, aliases, requested: Mutex::default() }) })
     }
 
-    /// Weights of a second model that goes with this one: of the same seed where these are synthetic, sizes alone where these are, else those in the
-    /// folder `name` beside them, when it is there.
+    /// Weights of a second model that goes with this one: of the same seed where these are synthetic, sizes alone where
+    /// these are, else those in the folder `name` beside them, when it is there.
     ///
     /// # Errors
     /// As for [`open`](Self::open).
