@@ -2,7 +2,8 @@
 //!
 //! A trial is a whole comparison by the real program: `run --against`, or two runs with `--repeat` and `compare`. The cell is
 //! a tiny model, so that hundreds fit into minutes; a slow-down is planted by spinning, in the process that is measured, for
-//! a share of the time of every call. Trials are kept in docs/studies, and the table in docs/methodology.md is made of them.
+//! a share of the time of every call. docs/studies keeps what `run --against` found, and of `compare` the processes, from
+//! which its verdicts follow by the rules of today; the table in docs/methodology.md is made of both.
 
 use std::fmt::Write as _;
 use std::fs::{self, OpenOptions};
@@ -13,7 +14,7 @@ use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
-use roofbench_core::compare::{self, Comparison, Estimate, Process, Rules, Verdict};
+use roofbench_core::compare::{self, Comparison, Estimate, Judgement, Process, Rules, Verdict};
 use roofbench_core::record;
 use roofbench_core::stats::SplitMix64;
 use safetensors::{Dtype, tensor::TensorView};
@@ -32,8 +33,8 @@ const DRAWS: usize = 20_000;
 const FLAGS: [&str; 9] =
     ["--cell", "forward/b1/s128", "--threads", "1", "--quick", "--min-time", "0.02", "--max-samples", "200"];
 
-const TRIALS: &str = "comparisons.csv";
-const TRIALS_HEADER: &str = "command,planted_percent,ratio,low,high,verdict";
+const TRIALS: &str = "alternations.csv";
+const TRIALS_HEADER: &str = "planted_percent,ratio,low,high,verdict";
 const SIDES: &str = "processes.csv";
 const SIDES_HEADER: &str = "planted_percent,log_median_ns,error";
 const BEGIN: &str = "<!-- cargo xtask study -->\n";
@@ -55,9 +56,8 @@ pub(crate) struct Arguments {
     fresh: bool,
 }
 
-/// One comparison.
+/// One comparison in alternation.
 struct Trial {
-    command: String,
     planted: u32,
     ratio: f64,
     verdict: Verdict,
@@ -130,14 +130,17 @@ impl Study {
     /// A trial of `run --against`: the program beside itself.
     fn against(&self, planted: u32) -> anyhow::Result<()> {
         let mut command = self.program(planted);
-        command.args(["--json", "--repeat", &PROCESSES.to_string(), "--against"]).arg(&self.program);
-        self.keep("run --against", planted, &mut command)
+        command.args(["--json", "--against"]).arg(&self.program);
+        let judged = judgement(&mut command).context("run --against")?;
+        let [ratio, low, high] = [judged.ratio, judged.low, judged.high].map(|x| format!("{x:.5}"));
+        let line = format!("{planted},{ratio},{low},{high},{}\n", judged.verdict);
+        append(&data().join(TRIALS), TRIALS_HEADER, &line)
     }
 
     /// A trial of `compare`: two runs, one after the other.
     fn compare(&self, planted: u32) -> anyhow::Result<()> {
-        let sides = [("base.jsonl", 0), ("new.jsonl", planted)];
-        for (name, planted) in sides {
+        let mut lines = String::new();
+        for (name, planted) in [("base.jsonl", 0), ("new.jsonl", planted)] {
             let file = self.folder.join(name);
             if file.exists() {
                 fs::remove_file(&file).with_context(|| name.to_owned())?;
@@ -146,40 +149,32 @@ impl Study {
             command.args(["--repeat", &PROCESSES.to_string(), "--json", "--output", name]);
             let output = command.output().context("starting roofbench")?;
             ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-            let records = record::read(&file)?.records;
-            let processes: Option<Vec<Process>> =
-                records.iter().map(|record| Process::of_calls(&record.calls_ns())).collect();
-            append(&data().join(SIDES), SIDES_HEADER, |text| {
-                for process in processes.context("a run without calls")? {
-                    let error = process.error.context("a run with too few calls")?;
-                    writeln!(text, "{planted},{:.6},{error:.6}", process.log_median)?;
-                }
-                Ok(())
-            })?;
+            for record in record::read(&file)?.records {
+                let process = Process::of_calls(&record.calls_ns()).context("a run without calls")?;
+                let error = process.error.context("a run with too few calls")?;
+                writeln!(lines, "{planted},{:.6},{error:.6}", process.log_median)?;
+            }
         }
+        append(&data().join(SIDES), SIDES_HEADER, &lines)?;
         let mut command = Command::new(&self.program);
         command.current_dir(&self.folder).args(["compare", "base.jsonl", "new.jsonl", "--json"]);
-        self.keep("compare", planted, &mut command)
+        judgement(&mut command).context("compare").map(drop)
     }
+}
 
-    /// Runs a comparison, whose exit status has to agree with what it says, and keeps the result.
-    fn keep(&self, name: &str, planted: u32, command: &mut Command) -> anyhow::Result<()> {
-        let output = command.output().context("starting roofbench")?;
-        let comparison: Comparison = serde_json::from_slice(&output.stdout)
-            .with_context(|| format!("{name}: {}", String::from_utf8_lossy(&output.stderr)))?;
-        let [row] = &comparison.rows[..] else { bail!("{name}: {:?}", comparison.apart) };
-        let judged = row.judgement;
-        let expected = match judged.verdict {
-            Verdict::Slower => 1,
-            Verdict::Undecided => 2,
-            Verdict::Same | Verdict::Faster => 0,
-        };
-        ensure!(output.status.code() == Some(expected), "{name}: {} with {}", judged.verdict, output.status);
-        append(&data().join(TRIALS), TRIALS_HEADER, |text| {
-            let [ratio, low, high] = [judged.ratio, judged.low, judged.high].map(|x| format!("{x:.5}"));
-            Ok(writeln!(text, "{name},{planted},{ratio},{low},{high},{}", judged.verdict)?)
-        })
-    }
+/// Runs a comparison of one cell, whose exit status has to agree with what it says.
+fn judgement(command: &mut Command) -> anyhow::Result<Judgement> {
+    let output = command.output().context("starting roofbench")?;
+    let comparison: Comparison =
+        serde_json::from_slice(&output.stdout).with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())?;
+    let [row] = &comparison.rows[..] else { bail!("{:?}", comparison.apart) };
+    let expected = match row.judgement.verdict {
+        Verdict::Slower => 1,
+        Verdict::Undecided => 2,
+        Verdict::Same | Verdict::Faster => 0,
+    };
+    ensure!(output.status.code() == Some(expected), "{} with {}", row.judgement.verdict, output.status);
+    Ok(row.judgement)
 }
 
 /// A BertModel of two layers of 64, of made-up numbers: a call takes a fraction of a millisecond.
@@ -230,12 +225,11 @@ fn checkpoint(folder: &Path) -> anyhow::Result<()> {
     safetensors::serialize_to_file(views, None, &folder.join("model.safetensors")).context("writing the tiny model")
 }
 
-/// Appends what `lines` writes to a file that begins with `header`.
-fn append(path: &Path, header: &str, lines: impl FnOnce(&mut String) -> anyhow::Result<()>) -> anyhow::Result<()> {
-    let mut text = if path.exists() { String::new() } else { format!("{header}\n") };
-    lines(&mut text)?;
+/// Appends `lines` to a file that begins with `header`.
+fn append(path: &Path, header: &str, lines: &str) -> anyhow::Result<()> {
+    let header = if path.exists() { String::new() } else { format!("{header}\n") };
     let mut file = OpenOptions::new().create(true).append(true).open(path)?;
-    file.write_all(text.as_bytes()).with_context(|| path.display().to_string())
+    file.write_all((header + lines).as_bytes()).with_context(|| path.display().to_string())
 }
 
 /// The lines of a file of the study after its header, as `parse` reads their fields; none before the first trial.
@@ -259,9 +253,9 @@ fn number<T: FromStr>(text: &str) -> Option<T> {
 
 fn trials() -> anyhow::Result<Vec<Trial>> {
     lines(TRIALS, |fields| {
-        let [command, planted, ratio, _, _, verdict] = fields else { return None };
+        let [planted, ratio, _, _, verdict] = fields else { return None };
         let verdict = serde_json::from_value((*verdict).into()).ok()?;
-        Some(Trial { command: (*command).to_owned(), planted: number(planted)?, ratio: number(ratio)?, verdict })
+        Some(Trial { planted: number(planted)?, ratio: number(ratio)?, verdict })
     })
 }
 
@@ -295,14 +289,14 @@ fn table() -> anyhow::Result<String> {
     if trials.is_empty() {
         return Ok(String::new());
     }
-    let commands = [("`run --against`", "run --against"), ("`run --repeat 5` twice, then `compare`", "compare")];
-    for (title, command) in commands {
-        for planted in PLANTED {
-            let of = trials.iter().filter(|trial| trial.command == command && trial.planted == planted);
-            row(&mut text, title, planted, &of.map(|trial| (trial.verdict, trial.ratio)).collect::<Vec<_>>())?;
-        }
+    for planted in PLANTED {
+        let of = trials.iter().filter(|trial| trial.planted == planted);
+        row(&mut text, "`run --against`", planted, &of.map(|trial| (trial.verdict, trial.ratio)).collect::<Vec<_>>())?;
     }
     let runs = sides()?;
+    for planted in PLANTED {
+        row(&mut text, "`run --repeat 5` twice, then `compare`", planted, &recorded(&runs, planted))?;
+    }
     for planted in PLANTED {
         row(&mut text, "drawn from all runs, 5 processes a side", planted, &drawn(&runs, planted))?;
     }
@@ -310,6 +304,15 @@ fn table() -> anyhow::Result<String> {
     row(&mut text, "one process a side, its own noise alone", 0, &alone)?;
     writeln!(text)?;
     Ok(text)
+}
+
+/// What `compare` says of runs of which one followed the other.
+fn recorded(runs: &[Run], planted: u32) -> Vec<(Verdict, f64)> {
+    let rules = Rules::of_recordings();
+    let side = |runs: &[Run]| runs.iter().map(|run| run.process).collect::<Vec<_>>();
+    let pairs = runs.chunks_exact(2 * PROCESSES).map(|pair| pair.split_at(PROCESSES));
+    let pairs = pairs.filter(|(_, new)| new[0].planted == planted);
+    pairs.filter_map(|(base, new)| judged(Estimate::of_sides(&side(base), &side(new), &rules), &rules)).collect()
 }
 
 /// Comparisons of random processes with random ones that were slowed down: hours lie between some.
@@ -386,11 +389,20 @@ mod tests {
 
     #[test]
     fn what_the_study_claims_is_in_its_data() {
-        let trials = trials().unwrap();
-        let of = |planted| trials.iter().filter(move |trial| trial.planted == planted);
-        let called = |planted| of(planted).filter(|trial| matches!(trial.verdict, Verdict::Slower | Verdict::Faster));
-        assert!(called(0).count() as f64 <= 0.01 * of(0).count() as f64);
-        let found = of(5).filter(|trial| trial.verdict == Verdict::Slower).count();
-        assert!(found as f64 >= 0.99 * of(5).count() as f64, "{found}");
+        let (trials, runs) = (trials().unwrap(), sides().unwrap());
+        let alternated = |planted| -> Vec<Verdict> {
+            trials.iter().filter(|trial| trial.planted == planted).map(|trial| trial.verdict).collect()
+        };
+        let share = |of: &[Verdict], verdicts: &[Verdict]| {
+            assert!(of.len() >= 100, "{} trials", of.len());
+            of.iter().filter(|verdict| verdicts.contains(verdict)).count() as f64 / of.len() as f64
+        };
+        let one_after_the_other: Vec<Verdict> = recorded(&runs, 0).into_iter().map(|(verdict, _)| verdict).collect();
+        for equals in [alternated(0), one_after_the_other] {
+            let alarms = share(&equals, &[Verdict::Slower, Verdict::Faster]);
+            assert!(alarms <= 0.01, "{alarms}");
+        }
+        let found = share(&alternated(5), &[Verdict::Slower]);
+        assert!(found >= 0.99, "{found}");
     }
 }

@@ -39,7 +39,7 @@ fn a_verdict_for_each_cell_and_an_exit_status_for_all() {
     assert_eq!(verdicts(same, 0), ["same", "same"]);
     let faster = same.map(|(bert, vit)| (bert * 9 / 10, vit));
     assert_eq!(verdicts(faster, 0), ["faster", "same"]);
-    let slower = same.map(|(bert, vit)| (bert, vit * 21 / 20));
+    let slower = same.map(|(bert, vit)| (bert, vit * 11 / 10));
     assert_eq!(verdicts(slower, 1), ["same", "slower"]);
     let wild = [(30_000_000, 80_000_000), (40_000_000, 80_000_000), (50_000_000, 80_000_000)];
     assert_eq!(verdicts(wild, 2), ["undecided", "same"]);
@@ -52,7 +52,7 @@ fn a_verdict_for_each_cell_and_an_exit_status_for_all() {
 fn the_numbers_are_those_of_the_records() {
     let folder = with_base();
     side(folder.path(), "new.jsonl", [(42_000_000, 80_000_000), (42_084_000, 79_840_000), (41_916_000, 80_160_000)]);
-    let line = compare(folder.path(), "--json").expect(1, &[]).json_lines().remove(0);
+    let line = compare(folder.path(), "--run-noise 0 --json").expect(1, &[]).json_lines().remove(0);
     let row = &line["rows"][0];
     let number = |key: &str| row[key].as_f64().unwrap();
     assert!((number("ratio") - 1.05).abs() < 1e-6, "{row}");
@@ -62,8 +62,10 @@ fn the_numbers_are_those_of_the_records() {
     assert!((number("high").ln() - (1.05f64.ln() + reach)).abs() < 1e-4, "{row}");
     assert_eq!(row["base"]["processes"], 3);
     // a wider margin lets it pass, a wilder one does not
-    compare(folder.path(), "--margin 7").expect(0, &["+5.0 %", "same", "no slow-down: 2 same"]);
-    compare(folder.path(), "--margin 5").expect(1, &["SLOWER: 1 slower, 1 same"]);
+    compare(folder.path(), "--run-noise 0 --margin 7").expect(0, &["+5.0 %", "same", "no slow-down: 2 same"]);
+    compare(folder.path(), "--run-noise 0 --margin 5").expect(1, &["SLOWER: 1 slower, 1 same"]);
+    // what recordings differ by is on top: error √(s²·2/3 + 2·(2 %)²)
+    compare(folder.path(), "--run-noise 2").expect(2, &["UNDECIDED: 1 same, 1 undecided"]);
 }
 
 #[test]
@@ -73,7 +75,7 @@ fn single_processes_are_not_trusted_with_small_changes() {
     let new = |ns: u64| write_records(&folder.path().join("new.jsonl"), &[made_up("bert/forward/b1", ns)]);
     new(42_000_000);
     compare(folder.path(), "").expect(2, &["undecided", "2.0 % was assumed", "--repeat 5"]);
-    compare(folder.path(), "--process-noise 0.5").expect(1, &["slower"]);
+    compare(folder.path(), "--process-noise 0.5 --run-noise 0.5").expect(1, &["slower"]);
     new(46_000_000);
     compare(folder.path(), "").expect(1, &["slower", "+15.0 %"]);
 }

@@ -192,6 +192,39 @@ pub fn percentile_of(values: &[f64], p: f64) -> Option<f64> {
     (!sorted.is_empty()).then(|| percentile(&sorted, p))
 }
 
+/// A mean that a few values far off don't move.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Trimmed {
+    /// Mean of what is left.
+    pub mean: f64,
+    /// Its standard error.
+    pub error: f64,
+    /// Degrees of freedom of Student's distribution that it follows.
+    pub freedom: f64,
+}
+
+/// The mean without the `share` of the values at either end, its error from the values with those ends drawn in to the last
+/// that are left (Tukey and McLaughlin 1963). NaN where fewer than two are left.
+///
+/// ```
+/// # use roofbench_core::stats::trimmed_mean;
+/// let trimmed = trimmed_mean(&[900.0, 1.0, 2.0, 3.0, -50.0], 0.2);
+/// assert_eq!((trimmed.mean, trimmed.freedom), (2.0, 2.0));
+/// ```
+pub fn trimmed_mean(values: &[f64], share: f64) -> Trimmed {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let (n, cut) = (sorted.len(), (share * sorted.len() as f64) as usize);
+    let Some(left) = sorted.get(cut..n - cut).filter(|left| left.len() > 1) else {
+        return Trimmed { mean: f64::NAN, error: f64::NAN, freedom: f64::NAN };
+    };
+    let (mean, freedom) = (self::mean(left), (left.len() - 1) as f64);
+    let (low, high) = (left[0], left[left.len() - 1]);
+    let drawn_in: Vec<f64> = sorted.iter().map(|value| value.clamp(low, high)).collect();
+    let kept = left.len() as f64 / n as f64;
+    Trimmed { mean, error: variance(&drawn_in).sqrt() / (kept * (n as f64).sqrt()), freedom }
+}
+
 fn percentile(sorted: &[f64], p: f64) -> f64 {
     let place = p / 100.0 * (sorted.len() - 1) as f64;
     let (below, above) = (sorted[place.floor() as usize], sorted[place.ceil() as usize]);
@@ -280,6 +313,15 @@ mod tests {
         assert!((upto(10).p90.unwrap() - 9.1).abs() < 1e-12);
         assert!((upto(20).p95.unwrap() - 19.05).abs() < 1e-12);
         assert!((upto(101).p99.unwrap() - 100.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_trimmed_mean_worked_by_hand() {
+        // 2 to 7 of 10 are left; 0 and 1 become 2, 8 and 100 become 7: variance 42.5 / 9, over (0.6·√10)²
+        let Trimmed { mean, error, freedom } = trimmed_mean(&[8., 3., 0., 5., 100., 4., 6., 1., 7., 2.], 0.2);
+        assert_eq!((mean, freedom), (4.5, 5.0));
+        assert!((error * error - 42.5 / 9.0 / 3.6).abs() < 1e-12, "{error}");
+        assert!(trimmed_mean(&[1.0], 0.2).mean.is_nan() && trimmed_mean(&[], 0.2).mean.is_nan());
     }
 
     #[test]

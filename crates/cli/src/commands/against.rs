@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, bail, ensure};
-use roofbench_core::compare::{Apart, Comparison, Estimate, Process, Rules, Side};
+use roofbench_core::compare::{Apart, Comparison, Estimate, Process, Rules, Side, Verdict, judge};
 use roofbench_core::harness::alternation::{self, Contender};
 use roofbench_core::session::Engine;
 use serde_json::Value;
@@ -24,8 +24,8 @@ use crate::{models, plan, ui};
 const STANDARD: (usize, u64) = (8, 300_000_000);
 const QUICK: (usize, u64) = (6, 15_000_000);
 
-/// Pairs of processes, unless `--repeat` says otherwise.
-const PAIRS: u32 = 5;
+/// Pairs of processes after which a cell is looked at, until it is decided; `--repeat` gives one number in their place.
+const LOOKS: [u32; 3] = [5, 10, 20];
 
 /// Compares every job with the build that `against` names.
 ///
@@ -35,13 +35,14 @@ const PAIRS: u32 = 5;
 pub(crate) fn run(arguments: &Arguments, jobs: &[Job], against: &str) -> anyhow::Result<ExitCode> {
     let program = program(against).with_context(|| format!("--against {against}"))?;
     let scratch = Scratch::new()?;
-    let pairs = arguments.repeat.unwrap_or(PAIRS);
-    let rules = Rules::default();
+    let looks = arguments.repeat.map_or_else(|| LOOKS.to_vec(), |pairs| vec![pairs]);
+    let rules = Rules { looks: looks.len() as u32, ..Rules::default() };
+    // of how many cells this one is, is known only when all are measured
+    let alone = Rules { false_alarms: rules.false_alarms / jobs.len() as f64, ..rules };
     let (mut cells, mut apart) = (Vec::new(), Vec::new());
     for job in jobs {
         let title = plan::title(job, jobs);
-        eprintln!("{title}: {pairs} pairs of processes in alternation");
-        match cell(job, &program, &scratch.0, pairs, &rules) {
+        match cell(job, &title, &program, &scratch.0, &looks, &alone) {
             Ok((base, new, estimate)) => cells.push((title, base, new, estimate)),
             Err(error) => apart.push(Apart { cell: title, reason: ui::chain(&error), owed: true }),
         }
@@ -51,11 +52,13 @@ pub(crate) fn run(arguments: &Arguments, jobs: &[Job], against: &str) -> anyhow:
     Ok(compare::status(&comparison))
 }
 
+/// Measures pairs until one of `looks` decides.
 fn cell(
     job: &Job,
+    title: &str,
     program: &Path,
     scratch: &Path,
-    pairs: u32,
+    looks: &[u32],
     rules: &Rules,
 ) -> anyhow::Result<(Side, Side, Estimate)> {
     ablate::fits_twice(job)?;
@@ -68,7 +71,7 @@ fn cell(
         Contender::new(process, burst).context(name)
     };
     let (mut ratios, mut of_base, mut of_new) = (Vec::new(), Vec::new(), Vec::new());
-    for pair in 0..pairs {
+    for pair in 0.. {
         // neither is always the first, to load or to run
         let (mut base, mut new);
         if pair % 2 == 0 {
@@ -93,9 +96,16 @@ fn cell(
         of_base.push(process(&base)?);
         of_new.push(process(&new)?);
         ratios.push(Process::of_rounds(base.medians(), new.medians()).context("there were no rounds")?);
+        if looks.contains(&(pair + 1)) {
+            let estimate = Estimate::of_pairs(&ratios, rules).map_err(anyhow::Error::msg)?;
+            let verdict = judge(&[estimate], rules)[0].verdict;
+            eprintln!("{title}: {} of processes in alternation: {verdict}", ui::count(ratios.len(), "pair"));
+            if verdict != Verdict::Undecided || looks.last() == Some(&(pair + 1)) {
+                return Ok((Side::of(&of_base), Side::of(&of_new), estimate));
+            }
+        }
     }
-    let estimate = Estimate::of_pairs(&ratios, rules).map_err(anyhow::Error::msg)?;
-    Ok((Side::of(&of_base), Side::of(&of_new), estimate))
+    bail!("no pairs of processes were asked for")
 }
 
 /// The program that `against` names: a file, or a commit of the checkout that this is run in, built if it isn't yet.

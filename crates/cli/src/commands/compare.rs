@@ -15,9 +15,10 @@ use crate::ui;
 ///
 /// Cells are paired by what was measured, on which machine and with which settings. Records of the same cell in one file
 /// are processes of it (`roofbench run --repeat 5`), whose differences say how far medians move by themselves; where a
-/// side has too few, --process-noise is assumed. A cell is slower (or faster) when its interval lies beyond no change,
-/// the same when it lies within the margin, and otherwise undecided. Intervals widen with the number of cells, so that
-/// --false-alarms holds for all of them together (Holm's procedure).
+/// side has too few, --process-noise is assumed. A cell is the same when it certainly changed by less than the margin, slower
+/// (or faster) when its interval lies beyond no change, and otherwise undecided. Intervals widen with the number of cells, so that
+/// --false-alarms holds for all of them together (Holm's procedure). Two files were recorded at different times, between
+/// which the machine itself changes by --run-noise; `roofbench run --against` alternates, and sees smaller changes.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -37,7 +38,7 @@ pub(crate) struct Arguments {
     #[arg(value_name = "NEW")]
     new: PathBuf,
     /// Changes within this percentage don't matter
-    #[arg(long, value_name = "PERCENT", value_parser = percent, default_value_t = 100.0 * Rules::default().margin)]
+    #[arg(long, value_name = "PERCENT", value_parser = percent, default_value_t = 100.0 * Rules::of_recordings().margin)]
     margin: f64,
     /// Chance, in percent, that a comparison of equals calls any of its cells slower or faster
     #[arg(long, value_name = "PERCENT", value_parser = percent,
@@ -47,6 +48,11 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "PERCENT", value_parser = percent,
           default_value_t = 100.0 * Rules::default().process_noise)]
     process_noise: f64,
+    /// Standard deviation, in percent, between recordings of the same program, which processes of one recording don't show:
+    /// the machine at another time. 0 for files whose processes ran in turn
+    #[arg(long, value_name = "PERCENT", value_parser = noise,
+          default_value_t = 100.0 * Rules::of_recordings().run_noise)]
+    run_noise: f64,
     /// Markdown for a pull request in place of the table
     #[arg(long, conflicts_with = "json")]
     markdown: bool,
@@ -67,6 +73,8 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         false_alarms: arguments.false_alarms / 100.0,
         margin: arguments.margin / 100.0,
         process_noise: arguments.process_noise / 100.0,
+        run_noise: arguments.run_noise / 100.0,
+        looks: 1,
     };
     let comparison = compare::compare(&read(&arguments.base)?, &read(&arguments.new)?, rules);
     if let Some(path) = &arguments.junit {
@@ -79,6 +87,10 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         show(&comparison, arguments.json)?;
     }
     Ok(status(&comparison))
+}
+
+fn noise(text: &str) -> Result<f64, String> {
+    if text.parse() == Ok(0.0) { Ok(0.0) } else { percent(text) }
 }
 
 fn read(path: &Path) -> anyhow::Result<Vec<Record>> {

@@ -143,7 +143,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "PERCENT", value_parser = percent, help_heading = "Sampling")]
     pub(crate) target: Option<f64>,
     /// Processes of each cell, in turn over all cells; `roofbench compare` learns from them how far runs differ
-    /// [default: 1; pairs of processes with --against: 5]
+    /// [default: 1; pairs of processes with --against: 5, and 10 and 20 where fewer don't decide]
     #[arg(long, value_name = "N", help_heading = "Sampling", conflicts_with = "ablate",
           value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub(crate) repeat: Option<u32>,

@@ -1,9 +1,12 @@
 //! Repositories on the Hub, through `hf-hub` and its cache. What the cache holds is used without asking the network.
 
+use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use hf_hub::api::sync::{ApiBuilder, ApiError};
 use hf_hub::{Cache, Repo, RepoType};
+use sha2::{Digest, Sha256};
 
 use super::WeightsError;
 use super::local::{self, WEIGHT_FILES};
@@ -105,7 +108,11 @@ pub(super) fn snapshot(
         .map_err(refused)?
         .repo(repo.clone());
     let listed: Vec<String> = api.info().map_err(refused)?.siblings.into_iter().map(|file| file.rfilename).collect();
-    fetch(&label, &listed, |name| api.get(name).map_err(refused))?;
+    fetch(&label, &listed, |name| {
+        let had = Cache::new(cache.clone()).repo(repo.clone()).get(name).is_some();
+        let path = api.get(name).map_err(refused)?;
+        if had { Ok(path) } else { checked(&label, name, path) }
+    })?;
     cached(&cache, &repo).ok_or_else(|| WeightsError::HubNoWeights { repository: label.clone(), files: some(&listed) })
 }
 
@@ -135,6 +142,24 @@ fn fetch(
     Ok(())
 }
 
+/// `path`, if what was fetched into it is what the Hub has: the cache names a large file by the SHA-256 that the Hub tells.
+/// What is not goes from the cache. Small files are named by a hash of git's, and are text that does not parse when damaged.
+fn checked(repository: &str, name: &str, path: PathBuf) -> Result<PathBuf, WeightsError> {
+    let io = |source| WeightsError::Io { file: path.clone(), source };
+    let blob = fs::canonicalize(&path).map_err(io)?;
+    let told = blob.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    if told.len() != 64 || !told.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        return Ok(path);
+    }
+    let mut hash = Sha256::new();
+    io::copy(&mut File::open(&blob).map_err(io)?, &mut hash).map_err(io)?;
+    if format!("{:x}", hash.finalize()).eq_ignore_ascii_case(told) {
+        return Ok(path);
+    }
+    fs::remove_file(&path).and_then(|()| fs::remove_file(&blob)).map_err(io)?;
+    Err(WeightsError::HubDamaged { repository: repository.to_owned(), file: name.to_owned() })
+}
+
 /// The snapshot in the cache, if its weights are whole.
 fn cached(cache: &Path, repo: &Repo) -> Option<Snapshot> {
     let folder = cache.join(repo.folder_name());
@@ -155,17 +180,22 @@ fn cached(cache: &Path, repo: &Repo) -> Option<Snapshot> {
 
 fn explain(error: ApiError, repository: &str, page: &str) -> WeightsError {
     let repository = repository.to_owned();
-    let status = match &error {
+    match status(&error) {
+        Some(status @ (401 | 403)) => WeightsError::HubDenied { repository, status, page: page.to_owned() },
+        Some(404) => WeightsError::HubNotFound { repository },
+        Some(429) => WeightsError::HubBusy { repository },
+        _ => WeightsError::Hub { repository, source: Box::new(error) },
+    }
+}
+
+fn status(error: &ApiError) -> Option<u16> {
+    match error {
+        ApiError::TooManyRetries(last) => status(last),
         ApiError::RequestError(request) => match **request {
             ureq::Error::StatusCode(status) => Some(status),
             _ => None,
         },
         _ => None,
-    };
-    match status {
-        Some(status @ (401 | 403)) => WeightsError::HubDenied { repository, status, page: page.to_owned() },
-        Some(404) => WeightsError::HubNotFound { repository },
-        _ => WeightsError::Hub { repository, source: Box::new(error) },
     }
 }
 

@@ -512,6 +512,26 @@ pub enum WeightsError {
         /// Repository and revision.
         repository: String,
     },
+    /// The Hub wants fewer requests.
+    #[error(
+        "{repository}: the Hub answers too many requests (429); wait a few minutes, or pass a token, which may ask more \
+         often (HF_TOKEN, or `hf auth login`)"
+    )]
+    HubBusy {
+        /// Repository and revision.
+        repository: String,
+    },
+    /// What arrived is not what the Hub has.
+    #[error(
+        "{repository}: {file} arrived damaged: its SHA-256 is not the one that the Hub tells. It was taken out of the cache; \
+         try again, or ask another endpoint (HF_ENDPOINT)"
+    )]
+    HubDamaged {
+        /// Repository and revision.
+        repository: String,
+        /// File.
+        file: String,
+    },
     /// The repository holds no weights in a form that is read.
     #[error("{repository}: holds no model.safetensors or pytorch_model.bin, whole or sharded; it has {files}")]
     HubNoWeights {
