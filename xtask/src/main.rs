@@ -1,6 +1,7 @@
 //! Tasks of the workspace, run as `cargo xtask TASK`. This file only dispatches; each task is a file.
 
 mod bench_all;
+mod browser;
 mod checkpoint;
 mod ci;
 mod docs;
@@ -26,6 +27,8 @@ struct Arguments {
 enum Task {
     /// Measures every cell of the catalog, each in its own process, and reports on all 36 families
     BenchAll(bench_all::Arguments),
+    /// Looks at reports in headless Chromium: do they fit a desktop and a phone, light and dark, without network and scripts
+    Browser(browser::Arguments),
     /// Unpacks a small published checkpoint under target/checkpoints, for tests on real weights
     Checkpoint,
     /// Runs exactly what a crate's CI job runs
@@ -47,6 +50,7 @@ enum Task {
 fn main() -> ExitCode {
     let result = match Arguments::parse().task {
         Task::BenchAll(arguments) => bench_all::run(&arguments),
+        Task::Browser(arguments) => browser::run(&arguments).map(|()| ExitCode::SUCCESS),
         Task::Checkpoint => checkpoint::run().map(|()| ExitCode::SUCCESS),
         Task::Ci(arguments) => ci::run(&arguments).map(|()| ExitCode::SUCCESS),
         Task::Docs(arguments) => docs::run(&arguments).map(|()| ExitCode::SUCCESS),
