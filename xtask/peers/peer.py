@@ -36,7 +36,7 @@ def torch_model(case, config, dtype):
     cls = getattr(transformers, case["class"])
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config))
-        parsed = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        parsed = cls.config_class.from_pretrained(folder, local_files_only=True)
         with no_init_weights():
             fresh = cls(parsed).to(kind)
         fresh.tie_weights()
@@ -60,6 +60,9 @@ def prepare(case, config, arrays, engine, dtype, threads):
     model = torch_model(case, config, dtype)
     tensors = {name: torch.from_numpy(value) for name, value in arrays.items()}
     arguments = dict(case["arguments"])
+    if isinstance(arguments.get("vocoder"), str):
+        # the published one is what the class makes by default
+        arguments["vocoder"] = torch_model({**case, "class": "SpeechT5HifiGan"}, {"model_type": "hifigan"}, dtype)
     versions = {"torch": torch.__version__}
     if engine.startswith("torch"):
         import transformers

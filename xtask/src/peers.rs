@@ -70,6 +70,9 @@ struct CellResult {
     rounds: u32,
     flops: u64,
     ours_ns: f64,
+    /// Most resident memory while calls ran; what loading took is not in it.
+    #[serde(default)]
+    ours_bytes: Option<u64>,
     peers: BTreeMap<String, Peer>,
 }
 
@@ -80,6 +83,9 @@ struct Peer {
     ratio: f64,
     low: f64,
     high: f64,
+    /// As `ours_bytes`.
+    #[serde(default)]
+    bytes: Option<u64>,
     /// Largest difference between the outputs, over the largest value.
     error: Option<f64>,
 }
@@ -224,8 +230,10 @@ fn compare(
             Err(error) => eprintln!("{}/{}: {name} is left out: {error:#}", family.name, cell.name),
         }
     }
+    let forgot = engines.iter().all(|engine| forget_peak(engine.contender.bursts().id()).is_ok());
     let mut contenders: Vec<_> = engines.iter_mut().map(|engine| &mut engine.contender).collect();
     alternation::alternate(&mut contenders, arguments.rounds as usize)?;
+    let bytes = |engine: &Engine| forgot.then(|| peak_bytes(engine.contender.bursts().id())).flatten();
     let ours = engines[0].contender.medians().to_vec();
     let peers = engines[1..].iter().map(|engine| {
         let medians = engine.contender.medians();
@@ -235,6 +243,7 @@ fn compare(
             ratio: ratio.median,
             low: ratio.low,
             high: ratio.high,
+            bytes: bytes(engine),
             error: errors.get(&engine.name).copied().flatten(),
         };
         Ok((engine.name.clone(), peer))
@@ -245,9 +254,22 @@ fn compare(
         rounds: arguments.rounds,
         flops,
         ours_ns: median(&ours)?,
+        ours_bytes: bytes(&engines[0]),
         peers: peers.collect::<anyhow::Result<_>>()?,
     };
     Ok((result, versions))
+}
+
+/// Lets Linux count the most resident memory of a process anew.
+fn forget_peak(process: u32) -> std::io::Result<()> {
+    fs::write(format!("/proc/{process}/clear_refs"), "5")
+}
+
+/// The most resident memory of a process since [`forget_peak`], where Linux tells it.
+fn peak_bytes(process: u32) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? << 10)
 }
 
 fn median(rounds: &[f64]) -> anyhow::Result<f64> {
@@ -330,8 +352,9 @@ Made by `cargo xtask peers`, which runs our cells and those of the peers in alte
 inputs, same threads, same precision, one process each, the others asleep. A round runs every engine for about 0.7 s; the
 ratio is *their time over ours* within a round, so above 1 we are faster; its median over the rounds is shown with a
 bootstrap 95 % interval. `error` is the largest difference from our outputs over the largest value. `of peak` is the analytic
-FLOPs over our time, as a share of the machine's measured f32 peak on as many threads. [Kernels](kernels.md) shows each
-kernel by itself.
+FLOPs over our time, as a share of the machine's measured peak in the cell's type on as many threads. `memory` is the most
+resident memory that we take while calls run, and how many times that of it PyTorch (eager) takes. [Kernels](kernels.md) shows
+each kernel by itself.
 ";
 
 fn section(text: &mut String, results: &Results) -> anyhow::Result<()> {
@@ -340,12 +363,12 @@ fn section(text: &mut String, results: &Results) -> anyhow::Result<()> {
     let versions: Vec<_> = results.versions.iter().map(|(name, version)| format!("{name} {version}")).collect();
     let peaks: Vec<_> = results.peak_flops.iter().map(|(dtype, f)| format!("{dtype} {:.0} GFLOP/s", f / 1e9)).collect();
     writeln!(text, "Peers: {}. Measured peaks: {}.\n", versions.join(", "), peaks.join(", "))?;
-    writeln!(text, "| cell | ours, ms | of peak | {} | largest error | rounds |", ENGINES.join(" | "))?;
-    writeln!(text, "|---|---|---|{}---|---|", "---|".repeat(ENGINES.len()))?;
+    writeln!(text, "| cell | ours, ms | of peak | {} | memory | largest error | rounds |", ENGINES.join(" | "))?;
+    writeln!(text, "|---|---|---|{}---|---|---|", "---|".repeat(ENGINES.len()))?;
     for (label, cell) in &results.cells {
         let share = results
             .peak_flops
-            .get("f32")
+            .get(&cell.dtype)
             .map_or("".to_owned(), |peak| format!("{:.0} %", cell.flops as f64 / (cell.ours_ns * 1e-9) / peak * 100.0));
         write!(text, "| {label} ({}) | {:.1} | {share} |", cell.dtype, cell.ours_ns / 1e6)?;
         for engine in ENGINES {
@@ -354,6 +377,11 @@ fn section(text: &mut String, results: &Results) -> anyhow::Result<()> {
                 None => write!(text, " – |")?,
             }
         }
+        let theirs = cell.peers.get("torch-eager").and_then(|peer| peer.bytes);
+        let memory = cell.ours_bytes.zip(theirs).map_or("–".to_owned(), |(ours, theirs)| {
+            format!("{} MB, {:.2}", ours / 1_000_000, theirs as f64 / ours as f64)
+        });
+        write!(text, " {memory} |")?;
         let error = cell.peers.values().filter_map(|peer| peer.error).reduce(f64::max);
         let error = error.map_or("–".to_owned(), |error| format!("{error:.0e}"));
         writeln!(text, " {error} | {} |", cell.rounds)?;

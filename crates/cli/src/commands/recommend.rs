@@ -376,6 +376,7 @@ fn show(arguments: &Arguments, trials: &[Trial], left: &Left) -> anyhow::Result<
 fn certainty(arguments: &Arguments, best: &Trial, others: &[Trial], left: &Left) -> String {
     let rival = others.iter().find(|other| other.broken.is_empty());
     let against = match rival {
+        None if others.is_empty() => "nothing else was tried".to_owned(),
         None => "nothing else that was tried keeps the limits".to_owned(),
         Some(rival) => {
             let gain = 1.0 - best.objective / rival.objective;

@@ -45,6 +45,11 @@ impl<B: Bursts> Contender<B> {
         &self.medians
     }
 
+    /// What runs the calls.
+    pub fn bursts(&self) -> &B {
+        &self.bursts
+    }
+
     /// Forgets the rounds so far.
     pub fn clear(&mut self) {
         self.medians.clear();
@@ -116,6 +121,11 @@ impl Process {
         let mut process = Self { child, input, output: BufReader::new(output) };
         let ready = process.line()?;
         Ok((process, ready))
+    }
+
+    /// Its number.
+    pub fn id(&self) -> u32 {
+        self.child.id()
     }
 
     fn line<T: for<'a> Deserialize<'a>>(&mut self) -> io::Result<T> {
