@@ -104,7 +104,10 @@ fn browser() -> anyhow::Result<Command> {
             return Ok(Command::new(name));
         }
     }
-    bail!("no browser: none of {} is on the path; install Chromium (Debian: chromium), or set CHROME", BROWSERS.join(", "))
+    bail!(
+        "no browser: none of {} is on the path; install Chromium (Debian: chromium), or set CHROME",
+        BROWSERS.join(", ")
+    )
 }
 
 /// The page; REPORT is the report's address.
