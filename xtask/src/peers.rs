@@ -69,6 +69,8 @@ struct CellResult {
     dtype: String,
     rounds: u32,
     flops: u64,
+    /// The machine's peak in the cell's type, as it was measured then.
+    peak_flops: Option<f64>,
     ours_ns: f64,
     /// Most resident memory while calls ran; what loading took is not in it.
     #[serde(default)]
@@ -161,7 +163,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let cells = families.iter().flat_map(|family| family.cells.iter().map(move |cell| (*family, cell)));
     for (family, cell) in cells.filter(|(_, cell)| cell.name.contains(&arguments.cell)) {
         let label = format!("{}/{}", family.name, cell.name);
-        let (result, versions) = match compare(arguments, &python, &binary, threads, family, cell) {
+        let (mut result, versions) = match compare(arguments, &python, &binary, threads, family, cell) {
             Ok(compared) => compared,
             Err(error) => {
                 eprintln!("{label}: {error:#}");
@@ -169,6 +171,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
                 continue;
             }
         };
+        result.peak_flops = results.peak_flops.get(&result.dtype).copied();
         results.versions.extend(versions);
         show(&label, &result);
         results.cells.insert(label, result);
@@ -253,6 +256,7 @@ fn compare(
         dtype: dtype.to_owned(),
         rounds: arguments.rounds,
         flops,
+        peak_flops: None,
         ours_ns: median(&ours)?,
         ours_bytes: bytes(&engines[0]),
         peers: peers.collect::<anyhow::Result<_>>()?,
@@ -369,10 +373,9 @@ fn section(text: &mut String, results: &Results) -> anyhow::Result<()> {
     writeln!(text, "| cell | ours, ms | of peak | {} | memory | largest error | rounds |", ENGINES.join(" | "))?;
     writeln!(text, "|---|---|---|{}---|---|---|", "---|".repeat(ENGINES.len()))?;
     for (label, cell) in &results.cells {
-        let share = results
+        let share = cell
             .peak_flops
-            .get(&cell.dtype)
-            .map_or("".to_owned(), |peak| format!("{:.0} %", cell.flops as f64 / (cell.ours_ns * 1e-9) / peak * 100.0));
+            .map_or("–".to_owned(), |peak| format!("{:.0} %", cell.flops as f64 / (cell.ours_ns * 1e-9) / peak * 100.0));
         write!(text, "| {label} ({}) | {:.1} | {share} |", cell.dtype, cell.ours_ns / 1e6)?;
         for engine in ENGINES {
             match cell.peers.get(engine) {

@@ -315,7 +315,7 @@ fn recorded(runs: &[Run], planted: u32) -> Vec<(Verdict, f64)> {
     pairs.filter_map(|(base, new)| judged(Estimate::of_sides(&side(base), &side(new), &rules), &rules)).collect()
 }
 
-/// Comparisons of random processes with random ones that were slowed down: hours lie between some.
+/// Comparisons of random processes with random ones that were slowed down: minutes lie between some.
 fn drawn(runs: &[Run], planted: u32) -> Vec<(Verdict, f64)> {
     let of = |planted: u32| runs.iter().filter(|run| run.planted == planted).map(|run| run.process).collect::<Vec<_>>();
     let (base, new) = (of(0), of(planted));
