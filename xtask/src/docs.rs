@@ -1,4 +1,4 @@
-//! Documents that code can produce: the table of models, the schema of records, and the table of a study.
+//! Documents that code can produce: the table of models, the schema of records, the page of peers, the table of a study.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -7,7 +7,7 @@ use anyhow::{Context, bail};
 use roofbench_core::catalog::{self, Modality};
 use roofbench_core::record;
 
-use crate::{process, study};
+use crate::{peers, process, study};
 
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
@@ -26,6 +26,7 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<()> {
         ("models.md", models()?),
         ("record.schema.json", record::schema_text()),
         ("methodology.md", study::methodology()?),
+        ("performance.md", peers::page()?),
     ] {
         update(&docs.join(name), &text, arguments.check)?;
     }

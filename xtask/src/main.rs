@@ -33,7 +33,8 @@ enum Task {
     Checkpoint,
     /// Runs exactly what a crate's CI job runs
     Ci(ci::Arguments),
-    /// Writes the generated documents: docs/models.md, docs/record.schema.json and the study in docs/methodology.md
+    /// Writes the generated documents: docs/models.md, docs/record.schema.json, docs/performance.md and the study in
+    /// docs/methodology.md
     Docs(docs::Arguments),
     /// Runs our cells and those of PyTorch, ONNX Runtime, OpenVINO and candle-transformers in alternation
     Peers(peers::Arguments),

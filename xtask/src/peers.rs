@@ -178,7 +178,8 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         fs::create_dir_all(file.parent().unwrap_or(Path::new(".")))?;
         fs::write(&file, serde_json::to_string_pretty(&results)? + "\n")?;
     }
-    write_page()?;
+    let page_path = process::root().join("docs/performance.md");
+    fs::write(&page_path, page()?).with_context(|| page_path.display().to_string())?;
     Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
@@ -318,16 +319,7 @@ fn slug(model: &str) -> String {
     words.map(str::to_ascii_lowercase).collect::<Vec<_>>().join("-")
 }
 
-/// Writes `docs/performance.md` from the results of all machines.
-///
-/// # Errors
-/// A file can't be read or written.
-pub(crate) fn write_page() -> anyhow::Result<()> {
-    let path = process::root().join("docs/performance.md");
-    fs::write(&path, page()?).with_context(|| path.display().to_string())
-}
-
-/// The page as it should be.
+/// `docs/performance.md`, from the results of all machines.
 ///
 /// # Errors
 /// A result file can't be read.
@@ -373,9 +365,9 @@ fn section(text: &mut String, results: &Results) -> anyhow::Result<()> {
     writeln!(text, "| cell | ours, ms | of peak | {} | memory | largest error | rounds |", ENGINES.join(" | "))?;
     writeln!(text, "|---|---|---|{}---|---|---|", "---|".repeat(ENGINES.len()))?;
     for (label, cell) in &results.cells {
-        let share = cell
-            .peak_flops
-            .map_or("–".to_owned(), |peak| format!("{:.0} %", cell.flops as f64 / (cell.ours_ns * 1e-9) / peak * 100.0));
+        let share = cell.peak_flops.map_or("–".to_owned(), |peak| {
+            format!("{:.0} %", cell.flops as f64 / (cell.ours_ns * 1e-9) / peak * 100.0)
+        });
         write!(text, "| {label} ({}) | {:.1} | {share} |", cell.dtype, cell.ours_ns / 1e6)?;
         for engine in ENGINES {
             match cell.peers.get(engine) {

@@ -5,7 +5,6 @@ use roofbench_core::hardware::Machine;
 use roofbench_core::predict::Calibration;
 use serde_json::{Value, json};
 
-use crate::commands::predict::{grid, planned};
 use crate::job::Job;
 use crate::{memory, models, plan, predict, ui};
 
@@ -55,7 +54,7 @@ impl Choice {
     /// As programs read it: each cell like a line of `run --dry-run --json`, or the reason for there being none.
     pub(crate) fn lines(&self) -> Vec<Value> {
         match &self.outcome {
-            Ok(taken) => taken.jobs.iter().map(planned).collect(),
+            Ok(taken) => taken.jobs.iter().map(plan::planned).collect(),
             Err(reason) => vec![json!({ "family": self.family, "skipped": reason })],
         }
     }
@@ -139,7 +138,7 @@ fn ways(name: &str, limits: &Limits, calibration: &Calibration, machine: &Machin
             for extent in extents {
                 let mut words = vec![name.to_owned(), format!("--checkpoint={}", checkpoint.repository)];
                 words.extend(precision.iter().chain(*extent).map(|&word| word.to_owned()));
-                let mut jobs = plan::plan(&grid(&words)?, machine)?;
+                let mut jobs = plan::plan(&plan::grid(&words)?, machine)?;
                 if extent.contains(&"--quick") {
                     jobs.truncate(1);
                 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail, ensure};
+use clap::Parser;
 use roofbench_core::catalog::{self, Cell, Detected, Family};
 use roofbench_core::hardware::Machine;
 use roofbench_core::optimize::{self, Optimization, Switch};
@@ -11,7 +12,7 @@ use roofbench_core::session::Engine;
 use roofbench_core::task::RawInputs;
 use roofbench_core::weights::{HubOptions, Source, Weights};
 use roofbench_core::workload::InputSpec;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::arguments::{DTypeArg, DeviceArg, WeightsArg};
 use crate::commands::run::Arguments;
@@ -201,6 +202,31 @@ fn check_device(device: DeviceArg, machine: &Machine) -> anyhow::Result<()> {
         bail!("--device {device}: there is no such GPU; this machine has {gpus}");
     }
     Ok(())
+}
+
+/// The flags of `roofbench run` that `words` stand for.
+///
+/// # Errors
+/// One of them is not a flag of it, or has no such value.
+pub(crate) fn grid(words: &[String]) -> anyhow::Result<Arguments> {
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        arguments: Arguments,
+    }
+    let words = std::iter::once("run").chain(words.iter().map(String::as_str));
+    Ok(Line::try_parse_from(words).map(|line| line.arguments)?)
+}
+
+/// `job` as `run --dry-run --json` and `plan --memory … --json` print it.
+pub(crate) fn planned(job: &Job) -> Value {
+    json!({
+        "family": job.family,
+        "cell": job.cell.name,
+        "engine": job.engine,
+        "requested": job.requested,
+        "command": command(job),
+    })
 }
 
 /// What follows the samples.

@@ -25,7 +25,7 @@ const STANDARD: (usize, u64) = (8, 300_000_000);
 const QUICK: (usize, u64) = (6, 15_000_000);
 
 /// Pairs of processes after which a cell is looked at, until it is decided; `--repeat` gives one number in their place.
-const LOOKS: [u32; 3] = [5, 10, 20];
+const LOOKS: [usize; 3] = [5, 10, 20];
 
 /// Compares every job with the build that `against` names.
 ///
@@ -35,9 +35,9 @@ const LOOKS: [u32; 3] = [5, 10, 20];
 pub(crate) fn run(arguments: &Arguments, jobs: &[Job], against: &str) -> anyhow::Result<ExitCode> {
     let program = program(against).with_context(|| format!("--against {against}"))?;
     let scratch = Scratch::new()?;
-    let looks = arguments.repeat.map_or_else(|| LOOKS.to_vec(), |pairs| vec![pairs]);
+    let looks = arguments.repeat.map_or_else(|| LOOKS.to_vec(), |pairs| vec![pairs as usize]);
     let rules = Rules { looks: looks.len() as u32, ..Rules::default() };
-    // of how many cells this one is, is known only when all are measured
+    // a look at one cell does not know how the others will come out, and takes its share alone
     let alone = Rules { false_alarms: rules.false_alarms / jobs.len() as f64, ..rules };
     let (mut cells, mut apart) = (Vec::new(), Vec::new());
     for job in jobs {
@@ -58,7 +58,7 @@ fn cell(
     title: &str,
     program: &Path,
     scratch: &Path,
-    looks: &[u32],
+    looks: &[usize],
     rules: &Rules,
 ) -> anyhow::Result<(Side, Side, Estimate)> {
     ablate::fits_twice(job)?;
@@ -71,7 +71,8 @@ fn cell(
         Contender::new(process, burst).context(name)
     };
     let (mut ratios, mut of_base, mut of_new) = (Vec::new(), Vec::new(), Vec::new());
-    for pair in 0.. {
+    loop {
+        let pair = ratios.len();
         // neither is always the first, to load or to run
         let (mut base, mut new);
         if pair % 2 == 0 {
@@ -96,16 +97,15 @@ fn cell(
         of_base.push(process(&base)?);
         of_new.push(process(&new)?);
         ratios.push(Process::of_rounds(base.medians(), new.medians()).context("there were no rounds")?);
-        if looks.contains(&(pair + 1)) {
+        if looks.contains(&ratios.len()) {
             let estimate = Estimate::of_pairs(&ratios, rules).map_err(anyhow::Error::msg)?;
             let verdict = judge(&[estimate], rules)[0].verdict;
             eprintln!("{title}: {} of processes in alternation: {verdict}", ui::count(ratios.len(), "pair"));
-            if verdict != Verdict::Undecided || looks.last() == Some(&(pair + 1)) {
+            if verdict != Verdict::Undecided || looks.last() == Some(&ratios.len()) {
                 return Ok((Side::of(&of_base), Side::of(&of_new), estimate));
             }
         }
     }
-    bail!("no pairs of processes were asked for")
 }
 
 /// The program that `against` names: a file, or a commit of the checkout that this is run in, built if it isn't yet.

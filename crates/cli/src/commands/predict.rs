@@ -4,16 +4,13 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, ensure};
-use clap::Parser;
 use roofbench_core::hardware;
 use roofbench_core::predict::{Calibration, Kind, Measured};
 use roofbench_core::record::{self, Record};
 use roofbench_core::session::{Engine, Phase};
 use roofbench_core::stats;
 use serde::Serialize;
-use serde_json::json;
 
-use super::run;
 use crate::arguments::DTypeArg;
 use crate::job::Job;
 use crate::predict::{self, Forecast};
@@ -113,24 +110,10 @@ pub(crate) fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         show_choice(arguments, &chosen, &limits)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let jobs = plan::plan(&grid(&words(arguments))?, &machine)?;
+    let jobs = plan::plan(&plan::grid(&words(arguments))?, &machine)?;
     let forecasts: Vec<_> = jobs.iter().map(|job| predict::forecast(job, &calibration)).collect();
     show(arguments, &calibration, &jobs, &forecasts)?;
     Ok(ExitCode::SUCCESS)
-}
-
-/// The flags of `roofbench run` that `words` stand for.
-///
-/// # Errors
-/// One of them is not a flag of it, or has no such value.
-pub(crate) fn grid(words: &[String]) -> anyhow::Result<run::Arguments> {
-    #[derive(Parser)]
-    struct Line {
-        #[command(flatten)]
-        arguments: run::Arguments,
-    }
-    let words = std::iter::once("run").chain(words.iter().map(String::as_str));
-    Ok(Line::try_parse_from(words).map(|line| line.arguments)?)
 }
 
 fn words(arguments: &Arguments) -> Vec<String> {
@@ -399,19 +382,10 @@ fn show_choice(arguments: &Arguments, chosen: &[choice::Choice], limits: &choice
     Ok(())
 }
 
-/// `job` as `run --dry-run --json` and `plan --memory … --json` print it.
-pub(crate) fn planned(job: &Job) -> serde_json::Value {
-    json!({
-        "family": job.family,
-        "cell": job.cell.name,
-        "engine": job.engine,
-        "requested": job.requested,
-        "command": plan::command(job),
-    })
-}
-
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+
     use super::*;
 
     #[test]
@@ -423,7 +397,7 @@ mod tests {
         }
         let line =
             "plan bert --batch 1,4 --threads 1 --dtype bf16 --opt +weights-q8,-fused-attention --cell s512 --quick";
-        let grid = grid(&words(&Line::parse_from(line.split(' ')).arguments)).unwrap();
+        let grid = plan::grid(&words(&Line::parse_from(line.split(' ')).arguments)).unwrap();
         assert_eq!((grid.families, grid.batch, grid.threads), (vec!["bert".to_owned()], vec![1, 4], vec![1]));
         assert_eq!((grid.dtype, grid.opt.len(), grid.cell.len(), grid.quick), (vec![DTypeArg::Bf16], 2, 1, true));
     }

@@ -12,7 +12,6 @@ use roofbench_core::predict::Calibration;
 use roofbench_core::record::{Outcome, Record, Writer};
 use serde_json::json;
 
-use super::predict::grid;
 use crate::arguments::{DTypeArg, EXIT_FAILED, EXIT_INTERRUPTED};
 use crate::goal::{Limits, Objective, Quantity, pareto};
 use crate::job::Job;
@@ -234,9 +233,9 @@ fn jobs(arguments: &Arguments, machine: &Machine, words: &[String]) -> anyhow::R
     let samples = arguments.limits.0.iter().filter_map(|limit| limit.quantity.samples()).max();
     line.extend(samples.map(|samples| format!("--min-samples={samples}")));
     line.extend_from_slice(words);
-    let mut jobs = plan::plan(&grid(&line)?, machine)?;
+    let mut jobs = plan::plan(&plan::grid(&line)?, machine)?;
     // a cell is looked for by the name that it has at its own batch
-    let standard = plan::plan(&grid(&line[..1])?, machine)?;
+    let standard = plan::plan(&plan::grid(&line[..1])?, machine)?;
     let place = match &arguments.cell {
         Some(pattern) => standard.iter().position(|job| pattern.is_match(&job.label())).with_context(|| {
             format!("--cell {pattern}: no cell matches; `roofbench list {}` shows them", arguments.family)

@@ -325,7 +325,7 @@ fn default_output() -> anyhow::Result<PathBuf> {
 fn dry_run(arguments: &Arguments, jobs: &[Job]) -> anyhow::Result<ExitCode> {
     if arguments.json {
         for job in jobs {
-            ui::print(&super::predict::planned(job).to_string())?;
+            ui::print(&plan::planned(job).to_string())?;
         }
         return Ok(ExitCode::SUCCESS);
     }

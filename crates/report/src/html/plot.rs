@@ -2,6 +2,7 @@
 
 use std::error::Error;
 
+use plotters::chart::MeshStyle;
 use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
@@ -201,13 +202,7 @@ pub(super) fn roofline(name: &str, ceilings: &[Ceiling], points: &[Point]) -> Pl
             .x_label_area_size(52)
             .y_label_area_size(110)
             .build_cartesian_2d((left..right).log_scale(), (bottom..top).log_scale())?;
-        chart
-            .configure_mesh()
-            .bold_line_style(GRID)
-            .light_line_style(GRID.mix(0.4))
-            .axis_style(MUTED)
-            .label_style(("sans-serif", FONT).into_font().color(&MUTED))
-            .axis_desc_style(("sans-serif", FONT).into_font().color(&INK))
+        drawn(&mut chart.configure_mesh())
             .x_desc("arithmetic intensity, FLOP per byte")
             .x_label_formatter(&|x| power_of_ten(*x, |x| format!("{x}")))
             .y_label_formatter(&|y| power_of_ten(*y, tick))
@@ -316,6 +311,20 @@ fn tick(flops: f64) -> String {
     format!("{:.0} {prefix}FLOP/s", flops / scale)
 }
 
+/// Grid and axes as all charts have them.
+fn drawn<'m, 'a, 'b, X, Y, B>(mesh: &'m mut MeshStyle<'a, 'b, X, Y, B>) -> &'m mut MeshStyle<'a, 'b, X, Y, B>
+where
+    X: Ranged,
+    Y: Ranged,
+    B: DrawingBackend,
+{
+    mesh.bold_line_style(GRID)
+        .light_line_style(GRID.mix(0.4))
+        .axis_style(MUTED)
+        .label_style(("sans-serif", FONT).into_font().color(&MUTED))
+        .axis_desc_style(("sans-serif", FONT).into_font().color(&INK))
+}
+
 /// Shares over time, in seconds.
 pub(super) struct Curve {
     pub(super) label: String,
@@ -336,13 +345,7 @@ pub(super) fn curves(name: &str, curves: &[Curve]) -> PlotResult<String> {
             .x_label_area_size(48)
             .y_label_area_size(70)
             .build_cartesian_2d(0.0..end, low..high)?;
-        chart
-            .configure_mesh()
-            .bold_line_style(GRID)
-            .light_line_style(GRID.mix(0.4))
-            .axis_style(MUTED)
-            .label_style(("sans-serif", FONT).into_font().color(&MUTED))
-            .axis_desc_style(("sans-serif", FONT).into_font().color(&INK))
+        drawn(&mut chart.configure_mesh())
             .x_desc("seconds")
             .y_label_formatter(&|y| format!("{:.0} %", 100.0 * y))
             .draw()?;
